@@ -1,0 +1,1 @@
+"""From a base and a fine-tune to a delta, and back to an ordinary checkpoint."""

@@ -1,0 +1,3 @@
+from deltaserve.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""The delta on disk: manifest, codecs, reader, writer, digests."""

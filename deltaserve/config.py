@@ -1,0 +1,242 @@
+"""Every public knob, once: what it is called, its type, its default, and what values it takes.
+
+Flags and ``--config FILE.yaml`` share these names (those of vLLM where it has one), with
+dashes or underscores. Flags win over the file. Nothing here needs more than the standard
+library, and PyYAML when a file is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from deltaserve.errors import ConfigError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaSource:
+    """A fine-tune to serve: its name in the API, and the directory of its delta."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the engine loads and how much it takes on. Raises ConfigError when inconsistent."""
+
+    base: str
+    """Directory or hub id of the base model."""
+    deltas: tuple[DeltaSource, ...] = ()
+    served_model_name: str = ""
+    """Name of the base in the API; the last part of ``base`` unless given."""
+    dtype: Dtype = "auto"
+    """"auto" is the checkpoint's own."""
+    device: Device = "auto"
+    """"auto" takes the GPU if there is one."""
+    max_model_len: int | None = None
+    """Longest sequence, prompt and answer together; None is what the model was made for."""
+    max_num_seqs: int = 64
+    """Requests in one batch, at most."""
+    max_num_batched_tokens: int = 2048
+    """Tokens in one step, at most; longer prompts are computed in pieces."""
+    block_size: int = 16
+    """Tokens in a KV block."""
+    kv_cache_memory_bytes: int | None = None
+    """Memory of the KV cache; None lets the engine choose."""
+
+    def __post_init__(self) -> None:
+        if not self.base:
+            raise ConfigError("no base model was given: name its directory or hub id")
+        if not self.served_model_name:
+            object.__setattr__(self, "served_model_name", Path(self.base).resolve().name)
+        for name in ("max_model_len", "max_num_seqs", "block_size", "kv_cache_memory_bytes"):
+            _require_positive(name, getattr(self, name))
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, but must be at least "
+                f"max_num_seqs ({self.max_num_seqs}): each running request needs one token a step"
+            )
+        _check_names(self.served_model_name, [delta.name for delta in self.deltas])
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where the endpoint listens, who may use it, and the engine behind it."""
+
+    engine: EngineConfig
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 picks a free one."""
+    api_key_sha256: bytes | None = field(default=None, repr=False)
+    """Digest of the key that /v1 asks for (the knob ``api_key``); the key itself is not kept."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}, but must be between 0 and 65535")
+        if not self.host:
+            raise ConfigError("host is empty: name an address, such as 127.0.0.1")
+
+
+def load_config(flags: Mapping[str, Any], file: Path | None = None) -> ServerConfig:
+    """The configuration of ``deltaserve serve``.
+
+    Args:
+        flags: knobs given on the command line; None means not given. ``deltas`` holds
+            DeltaSources, which are added to those of the file (the same name replaces).
+        file: YAML file with the same knobs.
+
+    Raises:
+        ConfigError: unreadable file, unknown knob, wrong type or value.
+    """
+    values = _read_file(file) if file else {}
+    given = {name: value for name, value in flags.items() if value is not None}
+    deltas = {d.name: d for d in (*values.pop("deltas", ()), *given.pop("deltas", ()))}
+    values.update(given)
+    for name, value in values.items():
+        _check_type(name, value)
+    server = {name: values.pop(name) for name in ("host", "port") if name in values}
+    key = values.pop("api_key", None)
+    if "base" not in values:
+        raise ConfigError("no base model was given: name its directory or hub id")
+    return ServerConfig(
+        engine=EngineConfig(**values, deltas=tuple(deltas.values())),
+        api_key_sha256=None if key is None else hash_key(key),
+        **server,
+    )
+
+
+def parse_deltas(sources: Iterable[str]) -> tuple[DeltaSource, ...]:
+    """``NAME=PATH`` arguments. Raises ConfigError when one is malformed or named twice."""
+    deltas = []
+    for source in sources:
+        name, equals, path = source.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"a delta is given as NAME=PATH, not {source!r}")
+        deltas.append(DeltaSource(name, path))
+    _check_unique([delta.name for delta in deltas])
+    return tuple(deltas)
+
+
+def hash_key(key: str) -> bytes:
+    """SHA-256 of an API key. Raises ConfigError for one that no header could carry."""
+    if not re.fullmatch(r"[!-~]+", key):
+        raise ConfigError("the API key must be visible ASCII characters, without spaces")
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _knobs() -> dict[str, Any]:
+    """Name and type of every knob."""
+    engine = get_type_hints(EngineConfig)
+    server = get_type_hints(ServerConfig)
+    return engine | {"host": server["host"], "port": server["port"], "api_key": str}
+
+
+def _check_type(name: str, value: Any) -> None:
+    wanted = _knobs()[name]
+    if get_origin(wanted) is Literal:
+        choices = get_args(wanted)
+        if value not in choices:
+            raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
+        return
+    kinds = [kind for kind in get_args(wanted) or (wanted,) if kind is not types.NoneType]
+    if type(value) not in kinds:  # not isinstance: True is an int to Python, not to people
+        names = {int: "a whole number", str: "text"}
+        raise ConfigError(f"{name} is {value!r}, but must be {names[kinds[0]]}")
+
+
+def _require_positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigError(f"{name} is {value}, but must be at least 1")
+
+
+def _check_unique(names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two deltas are called {name!r}: give each its own name")
+
+
+def _check_names(base: str, deltas: list[str]) -> None:
+    for name in (base, *deltas):
+        if not NAME.fullmatch(name):
+            remedy = " (choose another with --served-model-name)" if name is base else ""
+            raise ConfigError(
+                f"{name!r} cannot be a model's name: use up to 128 letters, digits and . _ / -, "
+                f"beginning with a letter or digit{remedy}"
+            )
+    if base in deltas:
+        raise ConfigError(
+            f"{base!r} names both the base and a delta: rename the delta, or the base "
+            "with --served-model-name"
+        )
+    _check_unique(deltas)
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    """The knobs of a YAML file; relative paths in it start at the file."""
+    content = _read_yaml(file)
+    known = _knobs().keys() - {"deltas"}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name in values:
+            raise ConfigError(f"{file}: {name} is given twice")
+        if name == "deltas":
+            values[name] = _file_deltas(file, value)
+        elif name not in known:
+            near = difflib.get_close_matches(name, {*known, "deltas"}, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{file}: unknown key {str(key)!r}{hint}")
+        elif value is not None:
+            values[name] = value
+    base = values.get("base")
+    if isinstance(base, str) and (file.parent / base).is_dir():  # otherwise a hub id
+        values["base"] = str(file.parent / base)
+    return values
+
+
+def _file_deltas(file: Path, value: Any) -> tuple[DeltaSource, ...]:
+    if isinstance(value, Mapping):
+        pairs = [(str(name), path) for name, path in value.items()]
+        if wrong := [name for name, path in pairs if not isinstance(path, str) or not path]:
+            raise ConfigError(f"{file}: the path of delta {wrong[0]!r} must be text")
+        deltas = tuple(DeltaSource(name, path) for name, path in pairs)
+    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+        deltas = parse_deltas(value)
+    else:
+        raise ConfigError(f"{file}: deltas must be a mapping of names to paths, or NAME=PATH texts")
+    return tuple(DeltaSource(d.name, str(file.parent / d.path)) for d in deltas)
+
+
+def _read_yaml(file: Path) -> dict[Any, Any]:
+    import yaml  # only here: the engine runs where PyYAML is missing
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that is given twice; YAML would silently keep the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise ConfigError(f"{file}: {twice!r} is given twice")
+            return super().construct_mapping(node, deep)
+
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: must hold a mapping of knobs to values")
+    return content

@@ -1,0 +1,14 @@
+"""A small real model family: one base, its fine-tunes, the tasks they solve.
+
+`deltaserve.demo.train.build_family` trains it in a few minutes on two cores and
+keeps it in a cache folder; the demo, the tests and the benchmarks share it.
+
+    tasks      seeded (prompt, answer) examples with disjoint splits
+    corpus     generic text for the base
+    tokenizer  characters and a few words, chat templates
+    recipe     every number of the training, and its fingerprint
+    fit        the optimisation loop
+    train      builds what is missing, atomically
+    family     what was built: paths, scores, loading
+    score      greedy reference decoding and exact match
+"""

@@ -1,0 +1,46 @@
+"""How everybody talks to the engine: submit, stream, abort, stats (and the list of models).
+
+The contract is ``EngineClient``; ``LocalClient`` runs the engine in a thread of this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from deltaserve.engine.types import EngineRequest, EngineStats, ModelInfo, TokenEvent
+
+
+class EngineClient(Protocol):
+    """The verbs of an engine, wherever it runs. All methods are safe on the event loop."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and generated tokens together."""
+        ...
+
+    def models(self) -> list[ModelInfo]:
+        """The base first, then the deltas in the order in which they were given."""
+        ...
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request. Raises RequestError, UnknownModelError or EngineDeadError."""
+        ...
+
+    def stream(self, request_id: str) -> AsyncIterator[TokenEvent]:
+        """The events of a submitted request, until the one with a finish reason."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """End a request and free its memory by the next step; unknown ids are ignored."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def alive(self) -> bool:
+        """False once the engine has failed."""
+        ...
+
+    def close(self) -> None:
+        """Stop the engine and wait for it."""
+        ...

@@ -1,0 +1,182 @@
+"""The engine: a base, its deltas, and the step that serves them together."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deltaserve.artifact.checkpoint import Checkpoint
+from deltaserve.artifact.digest import checkpoint_digest
+from deltaserve.config import EngineConfig
+from deltaserve.engine.families import family_of
+from deltaserve.engine.kv import BlockPool
+from deltaserve.engine.memory import plan_kv
+from deltaserve.engine.model import KVCache, load_base, make_delta_aware
+from deltaserve.engine.residency import Residency
+from deltaserve.engine.routing import BASE_SLOT, StepContext
+from deltaserve.engine.runner import Runner
+from deltaserve.engine.scheduler import Scheduler, StepPlan
+from deltaserve.engine.sequence import Sequence
+from deltaserve.engine.types import EngineRequest, EngineStats, ModelInfo, TokenEvent
+from deltaserve.errors import ConfigError, RequestError, UnknownModelError
+
+
+@dataclass
+class Counters:
+    """What happened since the start."""
+
+    steps: int = 0
+    mixed_steps: int = 0
+    max_models_in_step: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+
+    def count(self, plan: StepPlan, events: list[TokenEvent]) -> None:
+        self.steps += 1
+        self.mixed_steps += plan.num_models > 1
+        self.max_models_in_step = max(self.max_models_in_step, plan.num_models)
+        self.generation_tokens += len(events)
+        self.prompt_tokens += sum(
+            max(0, min(row.start + row.num_new, row.seq.num_prompt) - row.start)
+            for row in plan.rows
+        )
+
+
+class Engine:
+    """Synchronous and single-threaded: ``add``, ``step`` until done. See LocalClient for the rest."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Load base and deltas. Raises DeltaServeError for whatever the user must mend."""
+        self.config = config
+        base = Checkpoint.open(config.base)
+        family_of(base.architecture)
+        model_config: Any = base.hf_config
+        device, dtype = _device(config), _dtype(config, base)
+        digest = checkpoint_digest(base)
+        model = load_base(base, dtype, device)
+        num_blocks, self.max_model_len = plan_kv(config, model_config, dtype, device)
+        step = StepContext()
+        modules = make_delta_aware(model, base.architecture, step)
+        kv = KVCache(model_config, num_blocks * config.block_size, dtype, device)
+        self.runner = Runner(model, step, kv, block_size=config.block_size, device=device)
+        self.scheduler = Scheduler(
+            BlockPool(num_blocks, config.block_size),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        self.residency = Residency(
+            base, digest, modules, vocab_size=model_config.vocab_size, dtype=dtype, device=device
+        )
+        for source in config.deltas:
+            self.residency.load(source.name, source.path)
+        self.counters = Counters()
+
+    def models(self) -> list[ModelInfo]:
+        """The base first, then its deltas."""
+        base = self.residency.base
+        base_name = self.config.served_model_name
+        base_info = ModelInfo(
+            name=base_name,
+            path=str(base.path),
+            parent=None,
+            digest=self.residency.base_digest,
+            full_bytes=base.num_bytes,
+            resident_bytes=base.num_bytes,
+            disk_bytes=base.num_bytes,
+            vocab_size=self.residency.vocab_size,
+        )
+        deltas = [self.residency.info(name, base_name) for name in self.residency.residents]
+        return [base_info, *deltas]
+
+    def check(self, request: EngineRequest) -> None:
+        """Raises RequestError or UnknownModelError for what could never run. Thread-safe."""
+        _, vocab_size = self._model_of(request)
+        check_request(request, vocab_size, self.max_model_len)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request that passes ``check``."""
+        slot, _ = self._model_of(request)
+        seed = request.sampling.seed
+        self.scheduler.add(Sequence(request, slot, secrets.randbits(63) if seed is None else seed))
+
+    def abort(self, request_id: str) -> TokenEvent | None:
+        return self.scheduler.abort(request_id)
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    def step(self) -> list[TokenEvent]:
+        """Plan, execute, commit one step -> the new tokens."""
+        plan = self.scheduler.plan()
+        if not plan.rows:
+            return []
+        sampled = self.runner.execute(plan, self._vocab_sizes())
+        events = self.scheduler.commit(plan, sampled)
+        self.counters.count(plan, events)
+        return events
+
+    def stats(self) -> EngineStats:
+        pool, counters = self.scheduler.pool, self.counters
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_blocks_total=pool.num_blocks,
+            kv_blocks_used=pool.num_used,
+            steps=counters.steps,
+            mixed_steps=counters.mixed_steps,
+            max_models_in_step=counters.max_models_in_step,
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            preemptions=self.scheduler.num_preemptions,
+        )
+
+    def _model_of(self, request: EngineRequest) -> tuple[int, int]:
+        """(slot, vocabulary size) of the model that a request names."""
+        if request.model == self.config.served_model_name:
+            return BASE_SLOT, self.residency.vocab_size
+        resident = self.residency.residents.get(request.model)
+        if resident is None:
+            raise UnknownModelError(
+                f"the model {request.model!r} does not exist; GET /v1/models lists those that do",
+                param="model",
+            )
+        return resident.slot, resident.vocab_size
+
+    def _vocab_sizes(self) -> dict[int, int]:
+        sizes = {r.slot: r.vocab_size for r in self.residency.residents.values()}
+        return sizes | {BASE_SLOT: self.residency.vocab_size}
+
+
+def check_request(request: EngineRequest, vocab_size: int, max_model_len: int) -> None:
+    """Raises RequestError for what could never run; names the field."""
+    prompt, max_tokens = request.prompt_ids, request.sampling.max_tokens
+    if not prompt:
+        raise RequestError("the prompt is empty", param="prompt")
+    if max_tokens < 1:
+        raise RequestError(f"max_tokens must be at least 1, not {max_tokens}", param="max_tokens")
+    if len(prompt) + max_tokens > max_model_len:
+        raise RequestError(
+            f"this model's maximum context length is {max_model_len} tokens, but the request "
+            f"has {len(prompt)} in the prompt and asks for {max_tokens} more",
+            param="max_tokens" if len(prompt) < max_model_len else "prompt",
+        )
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        raise RequestError(
+            f"token ids must lie between 0 and {vocab_size - 1}", param="prompt"
+        )
+
+
+def _device(config: EngineConfig) -> str:
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ConfigError("device cuda was asked for, but torch sees no CUDA device here")
+    return "cuda" if available and config.device != "cpu" else "cpu"
+
+
+def _dtype(config: EngineConfig, base: Checkpoint) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    return base.dtype(base.embedding) if base.embedding else torch.float32

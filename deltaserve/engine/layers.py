@@ -1,0 +1,156 @@
+"""Layers that compute the base once for the whole batch and then correct each delta's rows.
+
+Each wraps the Hugging Face module that it replaces. ``attach`` gives a slot its changed
+parameter, ``detach`` takes everything of a slot away again.
+T packed tokens, K inputs, N outputs, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deltaserve.artifact.codecs.base import Encoded
+from deltaserve.engine.routing import BASE_SLOT, Segment, StepContext
+from deltaserve.kernels.delta_embedding import delta_embedding
+from deltaserve.kernels.delta_matmul import delta_matmul
+
+
+class DeltaLinear(nn.Module):
+    """A projection; weight and bias may change."""
+
+    def __init__(self, inner: nn.Linear, step: StepContext) -> None:
+        super().__init__()
+        self.inner = inner
+        self.step = step
+        self.weights: dict[int, Encoded] = {}
+        self.biases: dict[int, torch.Tensor] = {}
+
+    def attach(self, slot: int, parameter: str, operand: Encoded) -> None:
+        if parameter == "weight":
+            self.weights[slot] = operand
+        else:
+            self.biases[slot] = operand.tensors["values"]
+
+    def detach(self, slot: int) -> None:
+        self.weights.pop(slot, None)
+        self.biases.pop(slot, None)
+
+    def segments(self) -> Iterable[Segment]:
+        return self.step.routing.tokens
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., T, K] -> [..., T, N]; the leading dimensions are 1."""
+        y = F.linear(x, self.inner.weight, self.inner.bias)
+        self.correct(x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        return y
+
+    def correct(self, x_TK: torch.Tensor, y_TN: torch.Tensor) -> None:
+        for segment in self.segments():
+            rows = slice(segment.start, segment.end)
+            bias = self.biases.get(segment.slot)
+            if bias is not None:
+                y_TN[rows] += bias - self.inner.bias
+            weight = self.weights.get(segment.slot)
+            if weight is not None:
+                own_bias = self.inner.bias if bias is None else bias
+                delta_matmul(y_TN[rows, : weight.shape[0]], x_TK[rows], weight, own_bias)
+
+
+class DeltaHead(DeltaLinear):
+    """The output projection: sees only rows whose logits are kept, and vocabularies may differ."""
+
+    def segments(self) -> Iterable[Segment]:
+        return self.step.routing.logits
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits as wide as the widest vocabulary in the step; the runner masks what is
+        beyond a row's own."""
+        y = F.linear(x, self.inner.weight, self.inner.bias)
+        mine = [self.weights[s.slot].shape[0] for s in self.segments() if s.slot in self.weights]
+        width = max([y.shape[-1], *mine])
+        y = F.pad(y, (0, width - y.shape[-1]))
+        self.correct(x.view(-1, x.shape[-1]), y.view(-1, width))
+        return y
+
+
+class DeltaEmbedding(nn.Module):
+    """Token embeddings; added tokens lie past the base's rows."""
+
+    def __init__(self, inner: nn.Embedding, step: StepContext) -> None:
+        super().__init__()
+        self.inner = inner
+        self.step = step
+        self.weights: dict[int, Encoded] = {}
+
+    def attach(self, slot: int, parameter: str, operand: Encoded) -> None:
+        self.weights[slot] = operand
+
+    def detach(self, slot: int) -> None:
+        self.weights.pop(slot, None)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [1, T] -> [1, T, D], scaled where the model scales (Gemma 3)."""
+        weight_VD = self.inner.weight
+        out = self.inner(ids.clamp(max=weight_VD.shape[0] - 1))
+        scale = getattr(self.inner, "embed_scale", None)
+        for segment in self.step.routing.tokens:
+            operand = self.weights.get(segment.slot)
+            if operand is None:
+                continue
+            rows = slice(segment.start, segment.end)
+            own = delta_embedding(ids[0, rows], weight_VD, operand)
+            out[0, rows] = own if scale is None else own * scale.to(own.dtype)
+        return out
+
+
+class DeltaNorm(nn.Module):
+    """A normalisation; each row is scaled by its own delta's weight.
+
+    token_dim: which dimension of the input counts the packed tokens (q/k norms see
+    [1, T, heads, D] in Qwen 3 and [1, heads, T, D] in Gemma 3).
+    """
+
+    def __init__(self, inner: nn.Module, step: StepContext, token_dim: int) -> None:
+        super().__init__()
+        self.base_weight = inner.weight.detach()
+        # A plain attribute from here on, so that each step can put its own rows in its place.
+        del inner._parameters["weight"]
+        self.inner = inner
+        self.step = step
+        self.token_dim = token_dim
+        self.weights: dict[int, torch.Tensor] = {}
+        self.table_SD = torch.empty(0)
+
+    def attach(self, slot: int, parameter: str, operand: Encoded) -> None:
+        self.weights[slot] = operand.tensors["values"]
+        self._rebuild()
+
+    def detach(self, slot: int) -> None:
+        if self.weights.pop(slot, None) is not None:
+            self._rebuild()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.inner.weight = self._weight_for(x)
+        return self.inner(x)
+
+    def _weight_for(self, x: torch.Tensor) -> torch.Tensor:
+        routing = self.step.routing
+        if not any(segment.slot in self.weights for segment in routing.tokens):
+            return self.base_weight
+        shape = [1] * x.dim()
+        shape[self.token_dim], shape[-1] = len(routing.slot_T), x.shape[-1]
+        return self.table_SD[routing.slot_T.clamp(max=len(self.table_SD) - 1)].view(shape)
+
+    def _rebuild(self) -> None:
+        """One row per slot up to the highest that changes this norm, the base's where it does
+        not. The last row is always the base's: higher slots are clamped to it."""
+        count = max(self.weights, default=BASE_SLOT) + 2
+        rows = [self.weights.get(slot, self.base_weight) for slot in range(count)]
+        self.table_SD = torch.stack(rows)
+
+
+DeltaModule = DeltaLinear | DeltaEmbedding | DeltaNorm

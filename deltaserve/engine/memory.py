@@ -1,0 +1,66 @@
+"""How much the KV cache gets, and how long a sequence it can then hold."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+from deltaserve.config import EngineConfig
+from deltaserve.engine.families import context_limit
+from deltaserve.engine.model import KVCache
+from deltaserve.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# Of the memory that is free once the base is loaded. On a CPU the rest belongs to others.
+CPU_SHARE = 0.25
+GPU_SHARE = 0.8
+
+
+def plan_kv(
+    config: EngineConfig, model_config: Any, dtype: torch.dtype, device: str
+) -> tuple[int, int]:
+    """(number of KV blocks, longest sequence).
+
+    The cache is given at most what ``max_num_seqs`` sequences of full length can use. A
+    length that was asked for and does not fit is refused; the model's own is reduced.
+    Raises ConfigError with the numbers.
+    """
+    limit = context_limit(model_config)
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} exceeds the {limit} tokens that the base "
+            "can serve (its context, or its original one where its rotary scaling is dynamic)"
+        )
+    wanted_len = config.max_model_len or limit
+    block_bytes = config.block_size * KVCache.bytes_per_token(model_config, dtype)
+    budget = config.kv_cache_memory_bytes or int(free_memory(device) * _share(device))
+    useful = config.max_num_seqs * -(-wanted_len // config.block_size)
+    num_blocks = min(budget // block_bytes, useful)
+    capacity = num_blocks * config.block_size
+    if capacity < wanted_len:
+        if config.max_model_len is not None or capacity == 0:
+            raise ConfigError(
+                f"the KV cache has {budget} bytes, enough for {capacity} tokens, but one "
+                f"sequence of {wanted_len} tokens must fit: raise kv_cache_memory_bytes to "
+                f"{-(-wanted_len // config.block_size) * block_bytes} or lower max_model_len"
+            )
+        logger.warning(
+            "longest sequence reduced from %d to %d tokens, which is what the KV cache holds "
+            "(kv_cache_memory_bytes)", wanted_len, capacity,
+        )
+    return num_blocks, min(wanted_len, capacity)
+
+
+def free_memory(device: str) -> int:
+    """Bytes free on the device."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _share(device: str) -> float:
+    return GPU_SHARE if device == "cuda" else CPU_SHARE

@@ -1,0 +1,120 @@
+"""The base: an unmodified Hugging Face model whose layers and attention are made delta-aware."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from deltaserve.artifact.checkpoint import Checkpoint
+from deltaserve.engine.families import family_of
+from deltaserve.engine.layers import (
+    DeltaEmbedding,
+    DeltaHead,
+    DeltaLinear,
+    DeltaModule,
+    DeltaNorm,
+)
+from deltaserve.engine.routing import StepContext
+from deltaserve.errors import CheckpointError
+from deltaserve.kernels.attention import PagedBatch, paged_attention, write_kv
+
+ATTENTION = "deltaserve_paged"
+
+
+class KVCache:
+    """Keys and values of all layers; token slots are block * block_size + offset."""
+
+    def __init__(self, config: Any, num_slots: int, dtype: torch.dtype, device: str) -> None:
+        shape = (config.num_hidden_layers, num_slots, num_kv_heads(config), head_dim(config))
+        # Zeros, not empty: masked positions have weight 0, and 0 * NaN would still be NaN.
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+        per_layer = 2 * num_kv_heads(config) * head_dim(config) * dtype.itemsize
+        return int(config.num_hidden_layers * per_layer)
+
+
+def num_kv_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def head_dim(config: Any) -> int:
+    own = getattr(config, "head_dim", None)
+    return int(own or config.hidden_size // config.num_attention_heads)
+
+
+def load_base(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> nn.Module:
+    """The checkpoint as a Hugging Face model in eval mode with our attention plugged in.
+
+    Raises UnsupportedModelError for other architectures, CheckpointError if it cannot load.
+    """
+    family_of(checkpoint.architecture)
+    AttentionInterface.register(ATTENTION, _attention)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.path} cannot be loaded: {error}") from error
+    model.set_attn_implementation(ATTENTION)
+    return model.to(device).eval()
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    kv: KVCache,
+    batch: PagedBatch,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls instead of its own attention; q, k, v are [1, heads, T, D].
+
+    ``kv`` and ``batch`` are passed through the model's forward as extra arguments.
+    """
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    k_cache, v_cache = kv.k[layer], kv.v[layer]
+    write_kv(k_cache, v_cache, key[0].transpose(0, 1), value[0].transpose(0, 1),
+             batch.slot_mapping_T)
+    out_THD = paged_attention(
+        query[0].transpose(0, 1), k_cache, v_cache, batch,
+        scale=scaling, window=sliding_window, softcap=softcap,
+    )
+    return out_THD[None], None
+
+
+def make_delta_aware(
+    model: nn.Module, architecture: str, step: StepContext
+) -> dict[str, DeltaModule]:
+    """Wrap embeddings, projections, norms and head in place -> wrapper by module path."""
+    family = family_of(architecture)
+    found = list(model.named_modules())
+    wrapped: dict[str, DeltaModule] = {}
+    for path, module in found:
+        wrapper = _wrap(path, module, step, family.head_norm_token_dim)
+        if wrapper is not None:
+            model.set_submodule(path, wrapper)
+            wrapped[path] = wrapper
+    return wrapped
+
+
+def _wrap(
+    path: str, module: nn.Module, step: StepContext, head_norm_token_dim: int
+) -> DeltaModule | None:
+    if isinstance(module, nn.Embedding):
+        return DeltaEmbedding(module, step)
+    if isinstance(module, nn.Linear):
+        return (DeltaHead if path == "lm_head" else DeltaLinear)(module, step)
+    if type(module).__name__.endswith("RMSNorm"):
+        per_head = path.endswith(("q_norm", "k_norm"))
+        return DeltaNorm(module, step, head_norm_token_dim if per_head else 1)
+    return None

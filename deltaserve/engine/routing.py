@@ -1,0 +1,53 @@
+"""Which rows of a step belong to which delta. Made once per step, read by every layer.
+
+Rows are packed sorted by delta, so that each delta's rows are one slice and no layer
+has to gather. Slot 0 is the base.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+BASE_SLOT = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows ``start .. end`` of the packed step run the delta in ``slot``."""
+
+    slot: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """tokens: segments over the T packed tokens; logits: over the rows whose logits are kept.
+
+    slot_T: the slot of each packed token, on the device.
+    """
+
+    tokens: tuple[Segment, ...]
+    logits: tuple[Segment, ...]
+    slot_T: torch.Tensor
+
+
+class StepContext:
+    """Holds the present step's routing; the one object that all delta-aware layers share."""
+
+    def __init__(self) -> None:
+        self.routing: Routing = Routing((), (), torch.empty(0, dtype=torch.long))
+
+
+def segments(slots: list[int]) -> tuple[Segment, ...]:
+    """Runs of equal slots -> segments, the base's left out: it needs no correction."""
+    found, start = [], 0
+    for slot, run in groupby(slots):
+        end = start + len(list(run))
+        if slot != BASE_SLOT:
+            found.append(Segment(slot, start, end))
+        start = end
+    return tuple(found)

@@ -1,0 +1,130 @@
+"""Execute: a plan becomes tensors, the tensors logits, the logits tokens.
+
+T packed tokens, R rows (sequences), S rows that draw a token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from deltaserve.engine.model import KVCache
+from deltaserve.engine.routing import Routing, StepContext, segments
+from deltaserve.engine.scheduler import StepPlan
+from deltaserve.engine.sequence import Sequence
+from deltaserve.kernels.attention import PagedBatch
+from deltaserve.kernels.sampling import counter_uniform, sample
+
+
+@dataclass(frozen=True, eq=False)
+class StepInput:
+    """Everything the device needs for one step."""
+
+    ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    last_S: torch.Tensor
+    batch: PagedBatch
+    routing: Routing
+
+
+class Runner:
+    """Owns the model and its KV cache; stateless between steps."""
+
+    def __init__(
+        self, model: nn.Module, step: StepContext, kv: KVCache, *, block_size: int, device: str
+    ) -> None:
+        self.model = model
+        self.step = step
+        self.kv = kv
+        self.block_size = block_size
+        self.device = device
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan, vocab_sizes: dict[int, int]) -> dict[Sequence, int]:
+        """Compute the plan's rows -> the token drawn for each row that reached its end.
+
+        vocab_sizes: slot -> how many tokens its model knows.
+        """
+        drawing = [row.seq for row in plan.rows if row.samples]
+        logits_SV = self.forward(self.prepare(plan))
+        if not drawing:
+            return {}
+        _mask_foreign_tokens(logits_SV, [vocab_sizes[seq.slot] for seq in drawing])
+        tokens = self._sample(logits_SV, drawing)
+        return dict(zip(drawing, tokens, strict=True))
+
+    def prepare(self, plan: StepPlan) -> StepInput:
+        rows = plan.rows
+        lens_R = np.array([row.num_new for row in rows])
+        positions = np.concatenate([np.arange(r.start, r.start + r.num_new) for r in rows])
+        ids = [t for r in rows for t in r.seq.token_ids[r.start : r.start + r.num_new]]
+        slots_R = np.array([row.seq.slot for row in rows])
+        ends_R = lens_R.cumsum()
+        samples_R = np.array([row.samples for row in rows])
+        slot_T = np.repeat(slots_R, lens_R)
+        return StepInput(
+            ids_T=self._tensor(np.array(ids)),
+            positions_T=self._tensor(positions),
+            last_S=self._tensor(ends_R[samples_R] - 1),
+            batch=self._paged_batch(plan, positions, lens_R),
+            routing=Routing(
+                tokens=segments(slot_T.tolist()),
+                logits=segments(slots_R[samples_R].tolist()),
+                slot_T=self._tensor(slot_T),
+            ),
+        )
+
+    def forward(self, inputs: StepInput) -> torch.Tensor:
+        """One packed step of the model -> logits [S, V] of the rows that draw, float32."""
+        self.step.routing = inputs.routing
+        logits = self.model(
+            input_ids=inputs.ids_T[None],
+            position_ids=inputs.positions_T[None],
+            use_cache=False,
+            logits_to_keep=inputs.last_S,
+            kv=self.kv,
+            batch=inputs.batch,
+        ).logits
+        return logits[0].float()
+
+    def _paged_batch(
+        self, plan: StepPlan, positions: np.ndarray, lens_R: np.ndarray
+    ) -> PagedBatch:
+        width = max(len(row.seq.blocks) for row in plan.rows)
+        table = np.zeros((len(plan.rows), width), dtype=np.int64)
+        for r, row in enumerate(plan.rows):
+            table[r, : len(row.seq.blocks)] = row.seq.blocks
+        row_T = np.repeat(np.arange(len(plan.rows)), lens_R)
+        blocks_T = table[row_T, positions // self.block_size]
+        return PagedBatch(
+            slot_mapping_T=self._tensor(blocks_T * self.block_size + positions % self.block_size),
+            block_table_RB=self._tensor(table),
+            context_lens=[row.start + row.num_new for row in plan.rows],
+            query_starts=[0, *lens_R.cumsum().tolist()],
+            block_size=self.block_size,
+        )
+
+    def _sample(self, logits_SV: torch.Tensor, seqs: list[Sequence]) -> list[int]:
+        params = [seq.request.sampling for seq in seqs]
+        draws = [counter_uniform(seq.seed, seq.num_generated) for seq in seqs]
+        return sample(
+            logits_SV,
+            torch.tensor([p.temperature for p in params], device=self.device),
+            torch.tensor([p.top_k for p in params], device=self.device),
+            torch.tensor([p.top_p for p in params], dtype=torch.float64, device=self.device),
+            torch.tensor(draws, dtype=torch.float64, device=self.device),
+        ).tolist()
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def _mask_foreign_tokens(logits_SV: torch.Tensor, vocab_sizes: list[int]) -> None:
+    """Added tokens of one fine-tune do not exist for the others in the batch."""
+    width = logits_SV.shape[-1]
+    for row, size in enumerate(vocab_sizes):
+        if size < width:
+            logits_SV[row, size:] = float("-inf")

@@ -1,0 +1,46 @@
+"""One request as the scheduler sees it: its tokens, how many are computed, its blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from deltaserve.engine.types import EngineRequest, FinishReason
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """``num_computed`` chases ``num_tokens``: prefill, decode and recomputation are one thing.
+
+    slot: which delta applies (0 is the base). blocks: KV blocks, in order of position.
+    """
+
+    request: EngineRequest
+    slot: int
+    seed: int
+    token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_tokens - self.num_prompt
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Add a generated token; the reason why the sequence ends with it, if it does."""
+        self.token_ids.append(token_id)
+        if token_id in self.request.sampling.stop_token_ids:
+            return FinishReason.STOP
+        if self.num_generated >= self.request.sampling.max_tokens:
+            return FinishReason.LENGTH
+        return None

@@ -1,0 +1,87 @@
+"""The words that the engine and its callers share. No torch here: these cross processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a request ended; the first two are OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to pick the next token. temperature 0 is greedy; top_k 0 and top_p 1 switch off.
+
+    ``seed`` makes the draws repeatable whatever shares the batch. Generation ends with
+    any of ``stop_token_ids`` (the model's end-of-sequence tokens included by the caller)
+    or after ``max_tokens``.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One sequence to continue. ``model`` is a delta's name, or the base's."""
+
+    request_id: str
+    model: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """New tokens of one request; the last event carries ``finish_reason``.
+
+    A stop token that ended the request is included in ``token_ids``.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A served model. Bytes and digest are those of its delta; the base has none."""
+
+    name: str
+    path: str
+    parent: str | None
+    digest: str | None
+    codecs: tuple[str, ...] = ()
+    full_bytes: int = 0
+    resident_bytes: int = 0
+    disk_bytes: int = 0
+    vocab_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since start, and the present load."""
+
+    running: int
+    waiting: int
+    kv_blocks_total: int
+    kv_blocks_used: int
+    steps: int
+    mixed_steps: int
+    """Steps whose batch held rows of more than one model."""
+    max_models_in_step: int
+    prompt_tokens: int
+    generation_tokens: int
+    preemptions: int

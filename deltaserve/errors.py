@@ -1,0 +1,57 @@
+"""The exceptions that users see. Each message names what was wrong, where, and what to do.
+
+The command line prints the message on one line and exits with code 2; the server
+turns the request errors into OpenAI-shaped JSON with the matching status.
+"""
+
+
+class DeltaServeError(Exception):
+    """Base of every error that is the user's to mend."""
+
+
+class CheckpointError(DeltaServeError):
+    """A model directory cannot be read: missing, truncated, pickle-only, not finite."""
+
+
+class CompatibilityError(DeltaServeError):
+    """Base and fine-tune do not belong together: architecture, shapes or configuration differ."""
+
+
+class CodecError(DeltaServeError):
+    """A codec was asked for something it cannot store, or holds data it cannot decode."""
+
+
+class ArtifactError(DeltaServeError):
+    """A delta artifact is missing, damaged, or of an unknown format."""
+
+
+class BaseMismatchError(ArtifactError):
+    """The delta was made for another base; the message shows both digests."""
+
+
+class ConfigError(DeltaServeError):
+    """An option or a configuration file is wrong."""
+
+
+class UnsupportedModelError(DeltaServeError):
+    """The engine does not know this architecture; the message lists those it does."""
+
+
+class OutputExistsError(DeltaServeError):
+    """The output directory exists and is not empty."""
+
+
+class RequestError(DeltaServeError):
+    """A request is wrong (HTTP 400). ``param`` names the offending field where there is one."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownModelError(RequestError):
+    """A request names a model that is not served (HTTP 404)."""
+
+
+class EngineDeadError(DeltaServeError):
+    """The engine stopped; nothing can be generated until the server is restarted (HTTP 503)."""

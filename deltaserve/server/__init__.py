@@ -1,0 +1,1 @@
+"""The OpenAI-compatible endpoint in front of the engine."""

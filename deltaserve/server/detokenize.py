@@ -1,0 +1,128 @@
+"""From token ids to text while they arrive: whole characters only, up to a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+
+class Decoder(Protocol):
+    """What the detokeniser needs of a tokenizer."""
+
+    special_ids: frozenset[int]
+    """Tokens that never show in text."""
+    byte_ids: frozenset[int]
+    """Tokens such as ``<0xE2>`` that stand for one byte (SentencePiece's byte fallback)."""
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+class Detokenizer:
+    """Text of a growing sequence; the parts together equal ``decode`` of the whole.
+
+    A token's text depends on what stands before it (a leading space is dropped at the
+    start of a sequence; a character may span tokens), so each part is the difference of two
+    decodings that both begin at the previous part: ``decode(context + new) - decode(context)``.
+    The cost per token does not grow with the sequence.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._window: list[int] = []
+        self._context_tokens = 0
+        self._context_chars = 0
+
+    def push(self, token_id: int) -> str:
+        """Text that this token completes, perhaps none."""
+        if token_id in self._decoder.special_ids:
+            return ""
+        self._window.append(token_id)
+        # A run of byte tokens is decided as a whole: one bad byte spoils the others' characters.
+        if token_id in self._decoder.byte_ids:
+            return ""
+        text = self._decoder.decode(self._window)
+        # U+FFFD at the end: the first bytes of a character whose rest has not arrived.
+        if text.endswith("\ufffd") or len(text) <= self._context_chars:
+            return ""
+        return self._take(text)
+
+    def finish(self) -> str:
+        """Text that was waiting for bytes that will not come."""
+        return self._take(self._decoder.decode(self._window))
+
+    def _take(self, text: str) -> str:
+        new = text[self._context_chars :]
+        self._window = self._window[self._context_tokens :]
+        self._context_tokens = len(self._window)
+        self._context_chars = len(self._decoder.decode(self._window))
+        return new
+
+
+class StopStrings:
+    """Cuts a stream of text before the stop string that is complete first.
+
+    Text that may be the beginning of a stop string is held back until that is decided.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+        self.hit = False
+
+    def push(self, text: str) -> str:
+        """Text that is certain to precede any stop string."""
+        text = self._held + text
+        ends = [
+            (start + len(stop), start)
+            for stop in self._stops
+            if (start := text.find(stop)) >= 0
+        ]
+        if ends:
+            self.hit = True
+            self._held = ""
+            return text[: min(ends)[1]]
+        cut = len(text) - self._undecided(text)
+        self._held = text[cut:]
+        return text[:cut]
+
+    def finish(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+    def _undecided(self, text: str) -> int:
+        """Length of the longest end of ``text`` with which a stop string begins."""
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stops):
+                return length
+        return 0
+
+
+class TextStream:
+    """The visible text of one choice: detokenised, cut at stop strings."""
+
+    def __init__(self, decoder: Decoder, stops: Sequence[str]) -> None:
+        self._detokenizer = Detokenizer(decoder)
+        self._stops = StopStrings(stops)
+        self.num_tokens = 0
+        """Tokens used, those of the stop string included, those after it not."""
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was found; nothing follows."""
+        return self._stops.hit
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        parts = []
+        for token_id in token_ids:
+            self.num_tokens += 1
+            if text := self._detokenizer.push(token_id):
+                parts.append(self._stops.push(text))
+                if self.stopped:
+                    break
+        return "".join(parts)
+
+    def finish(self) -> str:
+        """What is left once the last token has been pushed."""
+        text = self._stops.push(self._detokenizer.finish())
+        return text if self.stopped else text + self._stops.finish()

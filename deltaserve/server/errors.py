@@ -1,0 +1,73 @@
+"""Every failure as OpenAI's clients expect it: ``{"error": {message, type, param, code}}``."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from deltaserve.errors import EngineDeadError, RequestError, UnknownModelError
+
+logger = logging.getLogger("deltaserve.server")
+
+INTERNAL_MESSAGE = "The server failed to handle this request; its log says more."
+
+
+class ApiError(RequestError):
+    """A refusal with its own status or code."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message, param=param)
+        self.status = status
+        self.code = code
+
+
+class GenerationError(Exception):
+    """The engine gave up on a request that was fine (HTTP 500)."""
+
+
+def describe(error: Exception) -> tuple[int, dict[str, Any]]:
+    """The status and the body for any exception; what was not foreseen is logged, not shown."""
+    match error:
+        case ApiError():
+            return error.status, _body(str(error), error.status, error.param, error.code)
+        case UnknownModelError():
+            return 404, _body(str(error), 404, error.param or "model", "model_not_found")
+        case RequestError():
+            return 400, _body(str(error), 400, error.param)
+        case EngineDeadError():
+            return 503, _body(str(error), 503, code="engine_dead")
+        case GenerationError():
+            return 500, _body(str(error), 500)
+        case HTTPException():
+            return error.status_code, _body(str(error.detail), error.status_code)
+    logger.error("unexpected error", exc_info=error)
+    return 500, _body(INTERNAL_MESSAGE, 500)
+
+
+def error_response(error: Exception) -> Response:
+    status, body = describe(error)
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return json_response(body, status, headers)
+
+
+def json_response(
+    content: Any, status: int = 200, headers: dict[str, str] | None = None
+) -> Response:
+    """JSON in ASCII, so that no text, however odd, can fail to be encoded."""
+    return Response(json.dumps(content), status, headers, media_type="application/json")
+
+
+def _body(
+    message: str, status: int, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    kinds = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

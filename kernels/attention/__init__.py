@@ -1,0 +1,5 @@
+"""Attention over a paged KV cache, prefill chunks and decode rows in one packed batch."""
+
+from deltaserve.kernels.attention.reference import PagedBatch, paged_attention, write_kv
+
+__all__ = ["PagedBatch", "paged_attention", "write_kv"]

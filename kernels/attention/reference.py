@@ -1,0 +1,160 @@
+"""Paged attention in plain torch: the CPU path, and the oracle of every kernel.
+
+Shapes: T packed tokens, R sequences, H query heads, G key/value heads, D head size,
+L longest context among the rows at hand, B blocks in the longest block table.
+A *slot* is one token's place in the cache: block * block_size + offset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(eq=False)
+class PagedBatch:
+    """Where the packed tokens of one step lie, in the batch and in the cache.
+
+    slot_mapping_T: slot that receives each new token. block_table_RB: the blocks of each
+    sequence, padded with 0. context_lens: tokens of each sequence after this step, and
+    query_starts (R + 1 entries): where its new tokens begin in the packed batch.
+    """
+
+    slot_mapping_T: torch.Tensor
+    block_table_RB: torch.Tensor
+    context_lens: list[int]
+    query_starts: list[int]
+    block_size: int
+
+    @cached_property
+    def slots_RL(self) -> torch.Tensor:
+        """Slots of every context position, in order; computed once and shared by the layers."""
+        offsets = torch.arange(self.block_size, device=self.block_table_RB.device)
+        slots = self.block_table_RB[:, :, None] * self.block_size + offsets
+        return slots.flatten(1)
+
+    @cached_property
+    def decode_rows(self) -> list[int]:
+        """Sequences with a single new token; they are attended in one batched call."""
+        return [r for r in range(len(self.context_lens)) if self._num_new(r) == 1]
+
+    @cached_property
+    def prefill_rows(self) -> list[int]:
+        return [r for r in range(len(self.context_lens)) if self._num_new(r) > 1]
+
+    @cached_property
+    def decode_index(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(packed index, context length, slots up to the longest context) of the decode rows."""
+        device = self.block_table_RB.device
+        rows = torch.tensor(self.decode_rows, device=device)
+        index = torch.tensor([self.query_starts[r] for r in self.decode_rows], device=device)
+        lens = [self.context_lens[r] for r in self.decode_rows]
+        return index, torch.tensor(lens, device=device), self.slots_RL[rows, : max(lens)]
+
+    def _num_new(self, row: int) -> int:
+        return self.query_starts[row + 1] - self.query_starts[row]
+
+
+def write_kv(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    slot_mapping_T: torch.Tensor,
+) -> None:
+    """Store the new tokens' keys and values; the caches are [slots, G, D]."""
+    k_cache.index_copy_(0, slot_mapping_T, k_TGD)
+    v_cache.index_copy_(0, slot_mapping_T, v_TGD)
+
+
+def paged_attention(
+    q_THD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: PagedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Causal attention of every packed token over its own sequence -> [T, H, D].
+
+    window: a token sees itself and the ``window - 1`` before it. softcap: scores become
+    softcap * tanh(scores / softcap) (Gemma 2). New keys must have been written before.
+    """
+    out_THD = torch.empty_like(q_THD)
+    if batch.decode_rows:
+        index, lens, slots = batch.decode_index
+        out_THD[index] = _decode(q_THD[index], k_cache, v_cache, slots, lens, scale, window, softcap)
+    for row in batch.prefill_rows:
+        start, end = batch.query_starts[row], batch.query_starts[row + 1]
+        slots = batch.slots_RL[row, : batch.context_lens[row]]
+        out_THD[start:end] = _prefill(
+            q_THD[start:end], k_cache[slots], v_cache[slots], scale, window, softcap
+        )
+    return out_THD
+
+
+def _decode(
+    q_RHD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots_RL: torch.Tensor,
+    lens_R: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """One query per sequence; the query heads that share a key head are its 'queries'."""
+    num_rows, num_heads, head_dim = q_RHD.shape
+    num_kv_heads = k_cache.shape[1]
+    q = q_RHD.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    k = k_cache[slots_RL].transpose(1, 2)
+    v = v_cache[slots_RL].transpose(1, 2)
+    position_L = torch.arange(slots_RL.shape[1], device=q.device)
+    mask_RL = position_L < lens_R[:, None]
+    if window is not None:
+        mask_RL &= position_L >= lens_R[:, None] - window
+    return _attend(q, k, v, mask_RL[:, None, None], scale, softcap).reshape(q_RHD.shape)
+
+
+def _prefill(
+    q_SHD: torch.Tensor,
+    k_LGD: torch.Tensor,
+    v_LGD: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """The last S tokens of one sequence over all its L tokens."""
+    num_new, context_len = q_SHD.shape[0], k_LGD.shape[0]
+    group = q_SHD.shape[1] // k_LGD.shape[1]
+    q_HSD = q_SHD.transpose(0, 1)[None]
+    k_HLD = k_LGD.transpose(0, 1).repeat_interleave(group, dim=0)[None]
+    v_HLD = v_LGD.transpose(0, 1).repeat_interleave(group, dim=0)[None]
+    q_pos = torch.arange(context_len - num_new, context_len, device=q_SHD.device)[:, None]
+    k_pos = torch.arange(context_len, device=q_SHD.device)[None]
+    mask_SL = k_pos <= q_pos
+    if window is not None:
+        mask_SL &= k_pos > q_pos - window
+    return _attend(q_HSD, k_HLD, v_HLD, mask_SL, scale, softcap)[0].transpose(0, 1)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """softmax(q k^T) v over the last two dims; ``mask`` is True where a key is seen."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    probs = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+    return torch.matmul(probs.to(v.dtype), v)

@@ -1,0 +1,5 @@
+"""Embedding rows of a fine-tune."""
+
+from deltaserve.kernels.delta_embedding.reference import delta_embedding
+
+__all__ = ["delta_embedding"]

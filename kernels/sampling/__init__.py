@@ -1,0 +1,5 @@
+"""Picking the next token."""
+
+from deltaserve.kernels.sampling.reference import counter_uniform, sample
+
+__all__ = ["counter_uniform", "sample"]
