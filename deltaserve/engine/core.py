@@ -164,9 +164,7 @@ def check_request(request: EngineRequest, vocab_size: int, max_model_len: int) -
             param="max_tokens" if len(prompt) < max_model_len else "prompt",
         )
     if min(prompt) < 0 or max(prompt) >= vocab_size:
-        raise RequestError(
-            f"token ids must lie between 0 and {vocab_size - 1}", param="prompt"
-        )
+        raise RequestError(f"token ids must lie between 0 and {vocab_size - 1}", param="prompt")
 
 
 def _device(config: EngineConfig) -> str:

@@ -95,8 +95,8 @@ class DeltaEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [1, T] -> [1, T, D], scaled where the model scales (Gemma 3)."""
         weight_VD = self.inner.weight
-        out = self.inner(ids.clamp(max=weight_VD.shape[0] - 1))
-        scale = getattr(self.inner, "embed_scale", None)
+        out: torch.Tensor = self.inner(ids.clamp(max=weight_VD.shape[0] - 1))
+        scale: torch.Tensor | None = getattr(self.inner, "embed_scale", None)
         for segment in self.step.routing.tokens:
             operand = self.weights.get(segment.slot)
             if operand is None:
@@ -135,7 +135,8 @@ class DeltaNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.inner.weight = self._weight_for(x)
-        return self.inner(x)
+        y: torch.Tensor = self.inner(x)
+        return y
 
     def _weight_for(self, x: torch.Tensor) -> torch.Tensor:
         routing = self.step.routing

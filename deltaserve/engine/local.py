@@ -120,8 +120,9 @@ class LocalClient:
     def _wait_for_work(self) -> bool:
         """False once the engine shall stop."""
         with self._wake:
-            while not (self._closing or self._submitted or self._aborted
-                       or self._engine.has_work()):
+            while not (
+                self._closing or self._submitted or self._aborted or self._engine.has_work()
+            ):
                 self._wake.wait()
             return not self._closing
 

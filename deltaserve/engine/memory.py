@@ -35,6 +35,13 @@ def plan_kv(
             f"max_model_len {config.max_model_len} exceeds the {limit} tokens that the base "
             "can serve (its context, or its original one where its rotary scaling is dynamic)"
         )
+    if config.max_model_len is None and limit < model_config.max_position_embeddings:
+        logger.warning(
+            "context limited to the original %d of %d tokens: beyond it the rotary scaling "
+            "depends on what shares the batch",
+            limit,
+            model_config.max_position_embeddings,
+        )
     wanted_len = config.max_model_len or limit
     block_bytes = config.block_size * KVCache.bytes_per_token(model_config, dtype)
     budget = config.kv_cache_memory_bytes or int(free_memory(device) * _share(device))
@@ -50,7 +57,9 @@ def plan_kv(
             )
         logger.warning(
             "longest sequence reduced from %d to %d tokens, which is what the KV cache holds "
-            "(kv_cache_memory_bytes)", wanted_len, capacity,
+            "(kv_cache_memory_bytes)",
+            wanted_len,
+            capacity,
         )
     return num_blocks, min(wanted_len, capacity)
 

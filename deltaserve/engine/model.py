@@ -56,11 +56,12 @@ def load_base(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> nn.Mod
     family_of(checkpoint.architecture)
     AttentionInterface.register(ATTENTION, _attention)
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path} cannot be loaded: {error}") from error
     model.set_attn_implementation(ATTENTION)
-    return model.to(device).eval()
+    loaded: nn.Module = model.to(device).eval()
+    return loaded
 
 
 def _attention(
@@ -83,11 +84,17 @@ def _attention(
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
     k_cache, v_cache = kv.k[layer], kv.v[layer]
-    write_kv(k_cache, v_cache, key[0].transpose(0, 1), value[0].transpose(0, 1),
-             batch.slot_mapping_T)
+    write_kv(
+        k_cache, v_cache, key[0].transpose(0, 1), value[0].transpose(0, 1), batch.slot_mapping_T
+    )
     out_THD = paged_attention(
-        query[0].transpose(0, 1), k_cache, v_cache, batch,
-        scale=scaling, window=sliding_window, softcap=softcap,
+        query[0].transpose(0, 1),
+        k_cache,
+        v_cache,
+        batch,
+        scale=scaling,
+        window=sliding_window,
+        softcap=softcap,
     )
     return out_THD[None], None
 

@@ -55,6 +55,7 @@ class Residency:
         """
         delta = Delta.open(path)
         delta.check_base(self.base_digest)
+        delta.verify_digest()
         slot = 1 + max((r.slot for r in self.residents.values()), default=BASE_SLOT)
         vocab_size = self.vocab_size
         try:

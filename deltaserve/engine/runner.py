@@ -80,7 +80,7 @@ class Runner:
     def forward(self, inputs: StepInput) -> torch.Tensor:
         """One packed step of the model -> logits [S, V] of the rows that draw, float32."""
         self.step.routing = inputs.routing
-        logits = self.model(
+        logits_1SV: torch.Tensor = self.model(
             input_ids=inputs.ids_T[None],
             position_ids=inputs.positions_T[None],
             use_cache=False,
@@ -88,11 +88,9 @@ class Runner:
             kv=self.kv,
             batch=inputs.batch,
         ).logits
-        return logits[0].float()
+        return logits_1SV[0].float()
 
-    def _paged_batch(
-        self, plan: StepPlan, positions: np.ndarray, lens_R: np.ndarray
-    ) -> PagedBatch:
+    def _paged_batch(self, plan: StepPlan, positions: np.ndarray, lens_R: np.ndarray) -> PagedBatch:
         width = max(len(row.seq.blocks) for row in plan.rows)
         table = np.zeros((len(plan.rows), width), dtype=np.int64)
         for r, row in enumerate(plan.rows):

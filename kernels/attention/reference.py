@@ -88,7 +88,9 @@ def paged_attention(
     out_THD = torch.empty_like(q_THD)
     if batch.decode_rows:
         index, lens, slots = batch.decode_index
-        out_THD[index] = _decode(q_THD[index], k_cache, v_cache, slots, lens, scale, window, softcap)
+        out_THD[index] = _decode(
+            q_THD[index], k_cache, v_cache, slots, lens, scale, window, softcap
+        )
     for row in batch.prefill_rows:
         start, end = batch.query_starts[row], batch.query_starts[row + 1]
         slots = batch.slots_RL[row, : batch.context_lens[row]]

@@ -35,9 +35,7 @@ def check_against_reference(
     trace = run(engine, requests)
     assert engine.stats().mixed_steps > 0
     for request in requests:
-        tokens, logits = reference(
-            checkpoints[request.model], list(request.prompt_ids), MAX_TOKENS
-        )
+        tokens, logits = reference(checkpoints[request.model], list(request.prompt_ids), MAX_TOKENS)
         served = torch.stack(trace.logits[request.request_id])
         assert served.shape == logits.shape
         torch.testing.assert_close(served, logits, atol=1e-4, rtol=0)

@@ -15,7 +15,7 @@ from deltaserve.artifact.packing import WIDTHS, pack_bits, packed_size, unpack_b
 from deltaserve.errors import CodecError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-SCALES = (1e-30, 1e-7, 1e-3, 1.0, 1e3)
+SCALES = (1e-15, 1e-7, 1e-3, 1.0, 1e3)
 quick = settings(max_examples=60, deadline=None)
 
 

@@ -1,0 +1,70 @@
+"""Delta matmul and delta embedding against the decoded fine-tune in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deltaserve.artifact.codecs import get_codec
+from deltaserve.artifact.codecs.base import Encoded
+from deltaserve.kernels.delta_embedding import delta_embedding
+from deltaserve.kernels.delta_matmul import delta_matmul
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("raw", {}),
+    ("rows", {}),
+    ("rows", {"bits": 4}),
+    ("int", {"bits": 1, "scale_axis": "tensor"}),
+    ("int", {"bits": 1, "scale_axis": "row", "planes": 2}),
+    ("int", {"bits": 2, "group_size": 16}),
+    ("int", {"bits": 3, "group_size": 0}),
+    ("int", {"bits": 4, "symmetric": False}),
+    ("int", {"bits": 8, "scale_axis": "column"}),
+    ("nm24", {"bits": 4}),
+    ("lowrank", {"rank": 5}),
+    ("nf4", {}),
+]
+
+
+def make(
+    codec: str, params: dict[str, Any], rows: int, *, base_rows: int, columns: int
+) -> tuple[torch.Tensor, Encoded, torch.Tensor]:
+    """(base, stored, decoded fine-tune); only every third row changes, and the added ones."""
+    torch.manual_seed(rows * columns)
+    base = torch.randn(base_rows, columns)
+    tuned = torch.cat([base, torch.zeros(max(0, rows - base_rows), columns)])[:rows].clone()
+    tuned[::3] += 0.1 * torch.randn_like(tuned[::3])
+    tuned[base_rows:] += torch.randn_like(tuned[base_rows:])
+    enc = get_codec(codec).encode(tuned, base, **params)
+    return base, enc, get_codec(codec).decode(enc, base)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("columns", [48, 37])
+@pytest.mark.parametrize(("codec", "params"), CASES)
+def test_matmul(codec: str, params: dict[str, Any], columns: int, bias: bool) -> None:
+    base, enc, tuned = make(codec, params, 21, base_rows=21, columns=columns)
+    x, own_bias = torch.randn(5, columns), torch.randn(21) if bias else None
+    y = F.linear(x, base, own_bias)
+    delta_matmul(y, x, enc, own_bias)
+    expected = F.linear(x.double(), tuned.double(), None if own_bias is None else own_bias.double())
+    torch.testing.assert_close(y.double(), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [30, 36, 24])
+@pytest.mark.parametrize(("codec", "params"), CASES)
+def test_embedding(codec: str, params: dict[str, Any], rows: int) -> None:
+    """Same vocabulary as the base, grown, and cut."""
+    base, enc, tuned = make(codec, params, rows, base_rows=30, columns=20)
+    ids = torch.tensor([0, rows - 1, 3, 3, 4, 17, 23, 9])
+    torch.testing.assert_close(delta_embedding(ids, base, enc), tuned[ids], atol=1e-5, rtol=1e-5)
+
+
+def test_no_changed_rows_leaves_the_base() -> None:
+    base = torch.randn(6, 4)
+    enc = get_codec("rows").encode(base.clone(), base)
+    ids = torch.tensor([5, 0])
+    assert torch.equal(delta_embedding(ids, base, enc), base[ids])
