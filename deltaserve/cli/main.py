@@ -59,9 +59,8 @@ def dispatch(argv: list[str]) -> int:
 def run_command(name: str, argv: list[str]) -> int:
     """Call ``deltaserve.cli.<name>.run`` with its options parsed by typer."""
     module = importlib.import_module(f"deltaserve.cli.{name}")
-    single = typer.Typer(
-        add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}
-    )
+    help_too = {"help_option_names": ["-h", "--help"]}
+    single = typer.Typer(add_completion=False, context_settings=help_too)
     single.command()(module.run)
     result = typer.main.get_command(single)(
         argv, prog_name=f"deltaserve {name}", standalone_mode=False

@@ -46,7 +46,7 @@ class Counters:
 
 
 class Engine:
-    """Synchronous and single-threaded: ``add``, ``step`` until done. See LocalClient for the rest."""
+    """Synchronous and single-threaded: ``add``, then ``step`` until done."""
 
     def __init__(self, config: EngineConfig) -> None:
         """Load base and deltas. Raises DeltaServeError for whatever the user must mend."""

@@ -102,8 +102,8 @@ class DeltaEmbedding(nn.Module):
             if operand is None:
                 continue
             rows = slice(segment.start, segment.end)
-            own = delta_embedding(ids[0, rows], weight_VD, operand)
-            out[0, rows] = own if scale is None else own * scale.to(own.dtype)
+            own_TD = delta_embedding(ids[0, rows], weight_VD, operand)
+            out[0, rows] = own_TD if scale is None else own_TD * scale.to(own_TD.dtype)
         return out
 
 
@@ -116,7 +116,7 @@ class DeltaNorm(nn.Module):
 
     def __init__(self, inner: nn.Module, step: StepContext, token_dim: int) -> None:
         super().__init__()
-        self.base_weight = inner.weight.detach()
+        self.base_weight: torch.Tensor = inner.get_parameter("weight").detach()
         # A plain attribute from here on, so that each step can put its own rows in its place.
         del inner._parameters["weight"]
         self.inner = inner

@@ -1,4 +1,4 @@
-"""Which tokens run in the next step, and what follows from what they gave. First come, first served.
+"""Which tokens run in the next step, and what follows from what they gave: FCFS.
 
 Pure Python. A step is planned under one token budget and has no phases: a sequence's
 ``num_computed`` chases its ``num_tokens``, so that chunked prefill, decode and the

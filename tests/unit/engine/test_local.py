@@ -78,12 +78,8 @@ def test_seeds_repeat_whatever_shares_the_batch(client: LocalClient) -> None:
             client.submit(request(f"crowd{i}", "tune"))
         client.submit(request("again", seed=11, max_tokens=12))
         client.submit(request("other", seed=12, max_tokens=12))
-        results = await asyncio.gather(
-            *(
-                collect(client, name)
-                for name in ("again", "other", *(f"crowd{i}" for i in range(5)))
-            )
-        )
+        names = ["again", "other", *(f"crowd{i}" for i in range(5))]
+        results = await asyncio.gather(*(collect(client, name) for name in names))
         assert results[0] == alone
         assert results[1] != alone
 
