@@ -1,5 +1,5 @@
 """From the base's output of a projection to a fine-tune's."""
 
-from deltaserve.kernels.delta_matmul.reference import delta_matmul
+from deltaserve.kernels.delta_matmul.dispatch import delta_matmul
 
 __all__ = ["delta_matmul"]

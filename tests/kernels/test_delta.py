@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deltaserve.artifact.codecs import get_codec
 from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.kernels.delta_embedding import delta_embedding
-from deltaserve.kernels.delta_matmul import delta_matmul
+from deltaserve.kernels.delta_matmul import cpu, delta_matmul, reference
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("raw", {}),
@@ -48,10 +50,36 @@ def make(
 def test_matmul(codec: str, params: dict[str, Any], columns: int, bias: bool) -> None:
     base, enc, tuned = make(codec, params, 21, base_rows=21, columns=columns)
     x, own_bias = torch.randn(5, columns), torch.randn(21) if bias else None
-    y = F.linear(x, base, own_bias)
-    delta_matmul(y, x, enc, own_bias)
     expected = F.linear(x.double(), tuned.double(), None if own_bias is None else own_bias.double())
-    torch.testing.assert_close(y.double(), expected, atol=2e-5, rtol=1e-5)
+    for implementation in (delta_matmul, reference.delta_matmul):
+        y = F.linear(x, base, own_bias)
+        implementation(y, x, enc, own_bias)
+        torch.testing.assert_close(y.double(), expected, atol=2e-5, rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from([1, 2, 4]),
+    axis=st.sampled_from(["group", "row", "tensor"]),
+    group_size=st.sampled_from([8, 16, 64]),
+    planes=st.integers(1, 3),
+    rows=st.integers(1, 9),
+    groups=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_the_table_decodes_as_the_codec_does(
+    bits: int, axis: str, group_size: int, planes: int, rows: int, groups: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(rows)
+    delta = torch.randn(rows, group_size * groups)
+    params = {"bits": bits, "scale_axis": axis, "group_size": group_size, "planes": planes}
+    enc = get_codec("int").encode(delta, None, **params)
+    assert cpu.supports(enc)
+    decoded = cpu.dequantise(enc, dtype).double()
+    exact = get_codec("int").delta(enc).double()
+    # Each plane is rounded to the dtype, and so is each sum.
+    size = exact.abs().max() * 2 * planes
+    assert (decoded - exact).abs().max() <= size * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("rows", [30, 36, 24])

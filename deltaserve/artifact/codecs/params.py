@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from deltaserve.errors import CodecError
@@ -19,7 +20,7 @@ def parse_params(cls: type[P], codec: str, params: dict[str, Any]) -> P:
 
     Raises CodecError for unknown names, wrong types and what ``__post_init__`` refuses.
     """
-    types = get_type_hints(cls)
+    types = _types(cls)
     known = [f.name for f in fields(cls)]
     for name, value in params.items():
         if name not in known:
@@ -28,6 +29,12 @@ def parse_params(cls: type[P], codec: str, params: dict[str, Any]) -> P:
         if not _fits(value, types[name]):
             raise CodecError(f"codec {codec}: {name} must be {types[name].__name__}, not {value!r}")
     return cls(**params)
+
+
+@cache
+def _types(cls: type[Any]) -> dict[str, Any]:
+    """Field types; resolving them anew would cost more than a small matmul, every step."""
+    return get_type_hints(cls)
 
 
 def one_of(codec: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
