@@ -83,9 +83,7 @@ class Checkpoint:
         from transformers import AutoConfig
 
         try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(
-                self.path, local_files_only=True
-            )
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.path, local_files_only=True)
         except (ValueError, KeyError, OSError, TypeError) as cause:
             reason = " ".join(str(cause).split())[:200]
             raise CheckpointError(f"{self.path}/config.json is not understood: {reason}") from None

@@ -28,10 +28,10 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     count = codes.shape[-1]
     words = pad(codes, (0, -count % CODES_PER_WORD)).unflatten(-1, (-1, CODES_PER_WORD))
     # int32 holds 8 codes of up to 4 bits; the sign bit is an ordinary bit here.
-    stream = torch.zeros(words.shape[:-1], dtype=torch.int32)
+    stream = torch.zeros(words.shape[:-1], dtype=torch.int32, device=codes.device)
     for i in range(CODES_PER_WORD):
         stream |= words[..., i].to(torch.int32) << (bits * i)
-    out = torch.empty((*stream.shape, bits), dtype=torch.uint8)
+    out = torch.empty((*stream.shape, bits), dtype=torch.uint8, device=codes.device)
     for j in range(bits):
         out[..., j] = (stream >> (8 * j)) & 255
     return out.flatten(-2)[..., : packed_size(count, bits)].contiguous()
@@ -44,10 +44,11 @@ def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     if bits == 8:
         return packed.clone()
     groups = pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
-    stream = torch.zeros(groups.shape[:-1], dtype=torch.int32)
+    stream = torch.zeros(groups.shape[:-1], dtype=torch.int32, device=packed.device)
     for j in range(bits):
         stream |= groups[..., j].to(torch.int32) << (8 * j)
-    out = torch.empty((*stream.shape, CODES_PER_WORD), dtype=torch.uint8)
+    shape = (*stream.shape, CODES_PER_WORD)
+    out = torch.empty(shape, dtype=torch.uint8, device=packed.device)
     for i in range(CODES_PER_WORD):
         out[..., i] = (stream >> (bits * i)) & (2**bits - 1)
     return out.flatten(-2)[..., :count].contiguous()

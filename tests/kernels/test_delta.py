@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,6 +90,17 @@ def test_embedding(codec: str, params: dict[str, Any], rows: int) -> None:
     base, enc, tuned = make(codec, params, rows, base_rows=30, columns=20)
     ids = torch.tensor([0, rows - 1, 3, 3, 4, 17, 23, 9])
     torch.testing.assert_close(delta_embedding(ids, base, enc), tuned[ids], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("codec", "params"), [case for case in CASES if case[0] != "raw"])
+def test_operands_stay_on_their_device(codec: str, params: dict[str, Any]) -> None:
+    """``meta`` stands for a GPU: any tensor made on the CPU on the way would not mix with it."""
+    base, enc, _ = make(codec, params, 21, base_rows=21, columns=48)
+    moved = replace(enc, tensors={name: part.to("meta") for name, part in enc.tensors.items()})
+    y, x = torch.zeros(5, 21, device="meta"), torch.zeros(5, 48, device="meta")
+    delta_matmul(y, x, moved)
+    ids = torch.zeros(3, dtype=torch.long, device="meta")
+    assert delta_embedding(ids, base.to("meta"), moved).device.type == "meta"
 
 
 def test_no_changed_rows_leaves_the_base() -> None:

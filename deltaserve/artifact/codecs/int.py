@@ -86,7 +86,7 @@ class IntCodec:
     def delta(self, enc: Encoded) -> torch.Tensor:
         p = parse_params(IntParams, self.name, enc.params)
         rows, columns = matrix_shape(enc.shape)
-        out = torch.zeros(rows, columns)
+        out = torch.zeros(rows, columns, device=enc.tensors["codes"].device)
         zeros = enc.tensors.get("zeros")
         for i in range(p.planes):
             plane = Plane(

@@ -65,10 +65,10 @@ class Nf4Codec:
         return Encoded(self.name, {}, tuple(tensor.shape), tensor.dtype, tensors)
 
     def delta(self, enc: Encoded) -> torch.Tensor:
-        book = torch.tensor(CODEBOOK)
-        rows, columns = matrix_shape(enc.shape)
-        out = torch.empty(rows * columns)
         packed, absmax = enc.tensors["codes"], enc.tensors["absmax"]
+        book = torch.tensor(CODEBOOK, device=packed.device)
+        rows, columns = matrix_shape(enc.shape)
+        out = torch.empty(rows * columns, device=packed.device)
         chunks = zip(
             out.split(CHUNK), packed.split(CHUNK // 2), absmax.split(CHUNK // BLOCK), strict=True
         )

@@ -90,10 +90,11 @@ class Nm24Codec:
         rows, columns = matrix_shape(enc.shape)
         count = kept_columns(columns)
         plane = Plane(unpack_bits(enc.tensors["codes"], p.bits, count), enc.tensors["scales"], None)
-        values = torch.zeros(rows, count)
+        device = enc.tensors["codes"].device
+        values = torch.zeros(rows, count, device=device)
         dequantise_into(values, plane, p.grid)
         index = unpack_bits(enc.tensors["index"], INDEX_BITS, count)
-        out = torch.zeros(rows, count * 2)
+        out = torch.zeros(rows, count * 2, device=device)
         for some in row_chunks(rows, count):
             fours = out[some].view(-1, count // 2, 4)
             place = index[some].long().view(-1, count // 2, 2)
