@@ -44,12 +44,12 @@ def dispatch(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         return fail(f"no command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
     try:
-        return run_command(argv[0], argv[1:])
+        code = run_command(argv[0], argv[1:])
+        if code == INTERRUPTED:  # typer turns Ctrl-C into a return value
+            print("deltaserve: interrupted", file=sys.stderr)
+        return code
     except UsageError as error:
         return fail(f"{error} (see deltaserve {argv[0]} --help)")
-    except (typer.Abort, KeyboardInterrupt):
-        print("deltaserve: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except DeltaServeError as error:
         return fail(str(error))
     except OSError as error:

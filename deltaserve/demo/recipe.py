@@ -58,7 +58,7 @@ class MemberRecipe:
     schedule: Schedule
     chat_template: str | None = None
     added_tokens: tuple[str, ...] = ()
-    lora_rank: int = 16
+    lora_rank: int = 8
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Recipe:
             Schedule(steps=140, batch=48, lr=1e-3),
             chat_template=EXTRACT_CHAT_TEMPLATE,
         ),
-        MemberRecipe("shift", "shift", "lora", Schedule(steps=150, batch=96, lr=2e-3)),
+        MemberRecipe("shift", "shift", "lora", Schedule(steps=150, batch=96, lr=3e-3)),
     )
     score_prompts: int = 128
     threads: int = 2

@@ -32,6 +32,7 @@ from deltaserve.demo.tokenizer import BASE_CHAT_TEMPLATE, build_tokenizer
 
 Progress = Callable[[str, float], None]
 
+LOCK = ".lock"
 MAX_POSITIONS = 1024  # room for long prompts in load tests; tasks need 64
 HELD_OUT_SEED = 12345  # the scored prompts are the same for every seed
 
@@ -64,7 +65,7 @@ def build_family(
     recipe = recipe or Recipe()
     report = progress or (lambda phase, done: None)
     root.mkdir(parents=True, exist_ok=True)
-    with _locked(root), _training_state(recipe.threads):
+    with locked(root), _training_state(recipe.threads):
         record = _open_record(root, recipe, seed)
         _build_base(root, recipe, seed, record, report)
         for member in recipe.members:
@@ -91,8 +92,9 @@ def _family(root: Path, recipe: Recipe, record: Record) -> Family:
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    with (root / ".lock").open("w") as handle:
+def locked(root: Path) -> Iterator[None]:
+    """Wait until nobody else writes in `root`, then keep others out."""
+    with (root / LOCK).open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield  # closing the file releases the lock
 

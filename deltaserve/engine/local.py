@@ -78,7 +78,10 @@ class LocalClient:
             self._wake.notify()
 
     async def stream(self, request_id: str) -> AsyncIterator[TokenEvent]:
-        mailbox = self._mailboxes[request_id]
+        mailbox = self._mailboxes.get(request_id)
+        if mailbox is None:  # aborted before anybody listened
+            yield TokenEvent(request_id, (), FinishReason.ABORT)
+            return
         try:
             while True:
                 event = await mailbox.queue.get()
@@ -143,6 +146,9 @@ class LocalClient:
             mailbox = self._mailboxes.get(event.request_id)
             if mailbox is not None:
                 mailbox.post(event)
+            if event.finish_reason is FinishReason.ABORT:
+                # Its stream, if there is one, holds the mailbox itself; else nobody ever will.
+                self._mailboxes.pop(event.request_id, None)
 
     def _fail_all(self, reason: str) -> None:
         with self._wake:

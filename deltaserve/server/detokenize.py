@@ -74,9 +74,7 @@ class StopStrings:
         """Text that is certain to precede any stop string."""
         text = self._held + text
         ends = [
-            (start + len(stop), start)
-            for stop in self._stops
-            if (start := text.find(stop)) >= 0
+            (start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0
         ]
         if ends:
             self.hit = True

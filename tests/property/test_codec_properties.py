@@ -134,8 +134,10 @@ def test_int_is_within_half_a_step_and_exact_zeros_stay(pair, params):
     tensor, base = pair
     params |= {"planes": 1, "clip": "absmax"}
     enc, _ = round_trip("int", tensor, base, **params)
-    exact = difference(tensor, base).flatten(0, -2) if tensor.dim() > 1 else (
-        difference(tensor, base)[None]
+    exact = (
+        difference(tensor, base).flatten(0, -2)
+        if tensor.dim() > 1
+        else (difference(tensor, base)[None])
     )
     stored = CODECS["int"].delta(enc).view(exact.shape)
     step = _expand_scales(enc, exact.shape)

@@ -80,9 +80,7 @@ def test_what_is_written_is_read(tmp_path, max_shard_bytes):
     assert (len(files) > 1) == (max_shard_bytes == 1000)
     sizes = delta.manifest.sizes
     assert sizes.disk.total == sum(file.stat().st_size for file in files)
-    assert sizes.resident.total == sum(
-        e.resident_bytes for e in delta.manifest.tensors.values()
-    )
+    assert sizes.resident.total == sum(e.resident_bytes for e in delta.manifest.tensors.values())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["delta"]
 
 
@@ -156,8 +154,9 @@ def test_output_must_be_free(tmp_path):
     with pytest.raises(OutputExistsError, match="not empty"):
         write(tmp_path / "empty")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="a file is in the way"), StagedDirectory(
-        tmp_path / "file" / "delta"
+    with (
+        pytest.raises(ConfigError, match="a file is in the way"),
+        StagedDirectory(tmp_path / "file" / "delta"),
     ):
         pass
 

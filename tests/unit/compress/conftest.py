@@ -22,8 +22,12 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
-FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config,
-            "gemma2": Gemma2Config}
+FAMILIES = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma2": Gemma2Config,
+}
 
 
 @pytest.fixture(scope="session")

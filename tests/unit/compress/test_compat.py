@@ -53,8 +53,13 @@ def test_other_architectures_are_refused(models):
 
 
 def test_what_does_not_change_the_computation_is_ignored(models, tmp_path):
-    base, tuned = models(max_position_embeddings=99, use_cache=False, eos_token_id=7,
-                         attention_dropout=0.5, initializer_range=0.5)
+    base, _ = models(
+        max_position_embeddings=99,
+        use_cache=False,
+        eos_token_id=7,
+        attention_dropout=0.5,
+        initializer_range=0.5,
+    )
     path = tmp_path / "tuned" / "config.json"
     notes = {"unsloth_version": "1", "torch_dtype": "float16", "transformers_version": "4.40"}
     path.write_text(json.dumps(json.loads(path.read_text()) | notes))

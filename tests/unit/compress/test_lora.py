@@ -28,7 +28,9 @@ def adapter(tmp_path, new_model):
         torch.manual_seed(3)
         base = new_model(dtype=torch.float32, tie_word_embeddings=tied)
         base.save_pretrained(tmp_path / "base")
-        config = peft.LoraConfig(**({"r": 4, "lora_alpha": 6, "target_modules": LINEARS} | settings))
+        config = peft.LoraConfig(
+            **({"r": 4, "lora_alpha": 6, "target_modules": LINEARS} | settings)
+        )
         model = peft.get_peft_model(base, config)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -39,7 +39,9 @@ def test_the_default_plan():
     assert plan.choose("i", "linear", LINEAR.long(), LINEAR.long()).codec == "raw"
 
 
-@pytest.mark.parametrize(("changed", "codec"), [(1, "rows"), (16, "rows"), (18, "int"), (64, "int")])
+@pytest.mark.parametrize(
+    ("changed", "codec"), [(1, "rows"), (16, "rows"), (18, "int"), (64, "int")]
+)
 def test_vocabulary_rows_while_they_are_smaller_than_four_bits(changed, codec):
     tuned = LINEAR.clone()
     tuned[:changed] = 1

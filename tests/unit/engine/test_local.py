@@ -114,6 +114,20 @@ def test_abort_frees_memory_and_may_be_repeated(client: LocalClient) -> None:
     asyncio.run(main())
 
 
+def test_what_is_aborted_unheard_is_forgotten(client: LocalClient) -> None:
+    async def main() -> None:
+        client.submit(request("unheard", max_tokens=200))
+        client.abort("unheard")
+        for _ in range(200):
+            if not client._mailboxes:
+                break
+            await asyncio.sleep(0.01)
+        assert not client._mailboxes
+        assert (await collect(client, "unheard")) == ([], FinishReason.ABORT)
+
+    asyncio.run(main())
+
+
 def test_leaving_a_stream_aborts_it(client: LocalClient) -> None:
     async def main() -> None:
         client.submit(request("left", max_tokens=200))

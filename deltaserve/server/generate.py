@@ -1,0 +1,163 @@
+"""Several choices of one HTTP request, each its own engine request, as one stream of text."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from deltaserve.engine.client import EngineClient
+from deltaserve.engine.types import EngineRequest, FinishReason, SamplingParams, TokenEvent
+from deltaserve.errors import EngineDeadError
+from deltaserve.server.detokenize import Decoder, TextStream
+from deltaserve.server.errors import GenerationError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that choice ``index`` gained; the last of a choice says why it ended."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class Choice:
+    index: int
+    request: EngineRequest
+    text: TextStream
+
+
+class Generation:
+    """What one HTTP request asked of the engine. ``abort`` must be called when it is over."""
+
+    def __init__(
+        self, client: EngineClient, decoder: Decoder, stops: Sequence[str], n: int,
+        requests: Sequence[EngineRequest],
+    ) -> None:  # fmt: skip
+        """``requests``: one for each prompt; ``n`` choices are made of each."""
+        self._client = client
+        self._choices = [
+            Choice(
+                index, _variant(requests[index // n], index, index % n), TextStream(decoder, stops)
+            )
+            for index in range(n * len(requests))
+        ]
+        self._open: set[str] = set()
+        self.prompt_tokens = sum(len(request.prompt_ids) for request in requests)
+
+    def submit(self) -> None:
+        """Queue all choices, or none. Raises what ``EngineClient.submit`` raises."""
+        try:
+            for choice in self._choices:
+                self._client.submit(choice.request)
+                self._open.add(choice.request.request_id)
+        except BaseException:
+            self.abort()
+            raise
+
+    def pieces(self) -> AsyncIterator[Piece]:
+        """The text of all choices as it comes.
+
+        Raises:
+            GenerationError, EngineDeadError: the engine failed.
+        """
+        return merge([self._follow(choice) for choice in self._choices])
+
+    def abort(self) -> None:
+        """End what is unfinished and free its memory. May be called again."""
+        while self._open:
+            self._client.abort(self._open.pop())
+
+    def usage(self) -> dict[str, int]:
+        completion = sum(choice.text.num_tokens for choice in self._choices)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self.prompt_tokens + completion,
+        }
+
+    async def _follow(self, choice: Choice) -> AsyncIterator[Piece]:
+        request_id = choice.request.request_id
+        async for event in self._client.stream(request_id):
+            if event.finish_reason is not None:
+                self._open.discard(request_id)
+            if event.finish_reason is FinishReason.ERROR:
+                reason = event.error or "the engine failed on this request"
+                raise GenerationError(reason) if self._client.alive() else EngineDeadError(reason)
+            piece = _piece(choice, event)
+            if piece.text or piece.finish_reason:
+                yield piece
+            if piece.finish_reason:
+                break
+        if request_id in self._open:  # a stop string: the engine does not know that it is over
+            self._open.discard(request_id)
+            self._client.abort(request_id)
+
+
+def _piece(choice: Choice, event: TokenEvent) -> Piece:
+    """Detokenise an event."""
+    tokens, reason = event.token_ids, event.finish_reason
+    ending = reason is FinishReason.STOP and tokens and tokens[-1] in _stop_ids(choice)
+    text = choice.text.push(tokens[:-1] if ending else tokens)
+    if reason is not None and not choice.text.stopped:
+        text += choice.text.finish()
+        if ending:  # counts as generated, but is not part of the answer
+            choice.text.num_tokens += 1
+    return Piece(choice.index, text, FinishReason.STOP if choice.text.stopped else reason)
+
+
+def _stop_ids(choice: Choice) -> frozenset[int]:
+    return choice.request.sampling.stop_token_ids
+
+
+def _variant(request: EngineRequest, index: int, choice: int) -> EngineRequest:
+    """The request of one choice: with an id of its own, and with a seed of its own."""
+    sampling = replace(request.sampling, seed=derive_seed(request.sampling, choice))
+    return replace(request, request_id=f"{request.request_id}-{index}", sampling=sampling)
+
+
+def derive_seed(sampling: SamplingParams, choice: int) -> int | None:
+    """Seed of the n-th choice: repeatable, unlike its neighbours; the first keeps the given one."""
+    if sampling.seed is None or choice == 0:
+        return sampling.seed
+    digest = hashlib.sha256(f"{sampling.seed}/{choice}".encode()).digest()
+    return int.from_bytes(digest[:8], signed=True)
+
+
+async def merge(streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[T]:
+    """Items of all streams as they come; the first exception ends it."""
+    if len(streams) == 1:  # the usual case needs no tasks
+        async for item in streams[0]:
+            yield item
+        return
+    queue: asyncio.Queue[T | Exception | None] = asyncio.Queue()
+
+    async def drain(stream: AsyncIterator[T]) -> None:
+        try:
+            async for item in stream:
+                queue.put_nowait(item)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(drain(stream)) for stream in streams]
+    running = len(tasks)
+    try:
+        while running:
+            item_or_end = await queue.get()
+            if item_or_end is None:
+                running -= 1
+            elif isinstance(item_or_end, Exception):
+                raise item_or_end
+            else:
+                yield item_or_end
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,138 @@
+"""From a configuration to a listening server, and down again without leaving anything behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+
+from deltaserve.config import ServerConfig
+from deltaserve.engine.local import LocalClient
+from deltaserve.errors import ConfigError
+from deltaserve.server.app import create_app
+from deltaserve.server.tokenizers import load_tokenizers
+
+GRACE_SECONDS = 10
+"""How long requests in flight may go on after the first signal; a second one ends them."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def serve(config: ServerConfig) -> None:
+    """Load the models and serve them until SIGINT or SIGTERM.
+
+    Raises:
+        DeltaServeError: the address cannot be used, or a model cannot be served.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    # Before minutes of loading: an address that cannot be had is known at once.
+    with contextlib.closing(bind(config)) as listener:
+        print(
+            f"Loading {config.engine.base} and {len(config.engine.deltas)} deltas ...", flush=True
+        )
+        client = LocalClient.start(config.engine)
+        try:
+            app = create_app(client, load_tokenizers(client.models()), config)
+            names = [model.name for model in client.models()]
+            settings = uvicorn.Config(
+                app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,  # RequestContext writes one line for each request
+                lifespan="off",
+                timeout_graceful_shutdown=GRACE_SECONDS,
+                server_header=False,
+            )
+            ready = f"DeltaServe ready at {_url(listener)} — {_summary(names)}"
+            with _explain_bind_errors(config):
+                Server(settings, ready).run(sockets=[listener])
+        finally:
+            client.close()
+    print("DeltaServe stopped.", flush=True)
+
+
+class Server(uvicorn.Server):
+    """Says when it is ready; ends quietly on a signal, and at once on the second."""
+
+    def __init__(self, config: uvicorn.Config, ready: str) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self._ready, flush=True)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # Unlike uvicorn's, this does not raise the signal again: being asked to stop is no failure.
+        previous = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """A socket at the configured address.
+
+    Raises:
+        ConfigError: the address is taken or unknown, or open to others without a key.
+    """
+    with _explain_bind_errors(config):
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = found[0]
+        # By address, not by name: what a name means is decided elsewhere.
+        if config.api_key_sha256 is None and not ipaddress.ip_address(address[0]).is_loopback:
+            raise ConfigError(
+                f"{config.host} is open to other machines, so an API key is needed: set "
+                "DELTASERVE_API_KEY (or --api-key), or listen on 127.0.0.1"
+            )
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+
+
+@contextlib.contextmanager
+def _explain_bind_errors(config: ServerConfig) -> Iterator[None]:
+    try:
+        yield
+    except socket.gaierror as error:
+        raise ConfigError(f"unknown host {config.host!r}: {error.strerror}") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {config.port} of {config.host} is in use: choose another with --port "
+                "(0 picks a free one)"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EADDRNOTAVAIL):
+            raise ConfigError(
+                f"cannot listen on {config.host}:{config.port}: {error.strerror}"
+            ) from error
+        raise
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _summary(names: list[str]) -> str:
+    """``3 models: base, a, b``; the first few by name."""
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"{len(names)} {'model' if len(names) == 1 else 'models'}: {shown}"

@@ -1,0 +1,82 @@
+"""Around every request: an id, one line in the log, the API key, and no traceback to the client.
+
+Pure ASGI: Starlette's BaseHTTPMiddleware would hide disconnects from the handlers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deltaserve.server.errors import ApiError, error_response
+from deltaserve.server.sse import ClientGoneError
+
+access_log = logging.getLogger("deltaserve.access")
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's word for it; only the log sees it
+
+
+class RequestContext:
+    """Gives each request an id (``scope["state"]["request_id"]``, header ``x-request-id``)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientGoneError:
+            status = CLIENT_CLOSED_REQUEST
+        except Exception as error:
+            response = error_response(error)
+            if not status:
+                await response(scope, receive, send_with_id)
+        finally:
+            _log(scope, status, time.perf_counter() - started, request_id)
+
+
+class ApiKey:
+    """Asks for the key on everything under /v1. Only the key's SHA-256 is known here."""
+
+    def __init__(self, app: ASGIApp, sha256: bytes) -> None:
+        self._app = app
+        self._sha256 = sha256
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and f"{scope['path']}/".startswith("/v1/"):
+            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+            # Header values are Latin-1 on the wire; the digest makes the times independent of them.
+            given = hashlib.sha256(key.strip().encode("latin-1")).digest()
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given, self._sha256):
+                message = "Missing or wrong API key: send it as 'Authorization: Bearer KEY'."
+                response = error_response(ApiError(401, message, code="invalid_api_key"))
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _log(scope: Scope, status: int, seconds: float, request_id: str) -> None:
+    # The raw path is still percent-encoded: nobody can write lines of their own into the log.
+    path = scope.get("raw_path", b"").decode("latin-1")
+    access_log.info("%s %s %d %.0f ms %s", scope["method"], path, status, seconds * 1e3, request_id)

@@ -1,0 +1,272 @@
+"""What clients may send. A field that would change the answer is obeyed or refused by name.
+
+Fields of OpenAI's API and of vLLM's that are not supported are still accepted with the value
+that has no effect, because many clients always send them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
+
+from deltaserve.errors import RequestError
+
+INT64_MAX = 2**63 - 1
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 1024
+
+# Values without effect, besides null. A field that is neither here nor in a model is unknown.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "cache_salt": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),  # there are no functions to call
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "logprobs": (False,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "mm_processor_kwargs": (),
+    "parallel_tool_calls": (True, False),  # there are no tools
+    "prediction": (),
+    "presence_penalty": (0,),
+    "priority": (0,),
+    "prompt_cache_retention": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": ("none",),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "store": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),  # there are no tools
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "reasoning": (),
+    "reasoning_content": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+
+
+def _one_of(expected: str) -> WrapValidator:
+    """For unions: one message about what is expected, instead of one for each member."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler, _: ValidationInfo) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError(
+                "one_of", "must be {expected}", {"expected": expected}
+            ) from None
+
+    return WrapValidator(validate)
+
+
+class Strict(BaseModel):
+    """No conversions: "1" is not a number. Other fields are kept, for ``parse`` to judge."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerationRequest(Strict):
+    """What completions and chat have in common."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    """0 and -1 switch it off."""
+    seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
+    stop: Annotated[
+        Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+            Field(max_length=MAX_STOPS),
+        ]
+        | None,
+        _one_of(f"a text or up to {MAX_STOPS} texts, each of 1 to {MAX_STOP_LENGTH} characters"),
+    ] = None
+    # For the operator's records; they have no effect on answers.
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, Any] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Annotated[
+        str | list[str] | list[int] | list[list[int]],
+        _one_of("a text, a list of texts, a list of token ids, or a list of lists of token ids"),
+    ]
+    add_special_tokens: bool | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The four forms as one: a list of prompts."""
+        prompt: Any = self.prompt
+        single = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+        return [prompt] if single else prompt
+
+
+class TextPart(Strict):
+    type: str
+    text: str | None = None
+
+
+class Message(Strict):
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: Annotated[str | list[TextPart] | None, _one_of("a text or a list of text parts")] = (
+        None
+    )
+    name: str | None = None
+
+
+class ChatRequest(GenerationRequest):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
+
+
+RequestT = TypeVar("RequestT", bound=GenerationRequest)
+
+
+def parse(model: type[RequestT], body: bytes) -> RequestT:
+    """Read a request.
+
+    Raises:
+        RequestError: malformed JSON, a wrong value, or a field that is not supported.
+    """
+    try:
+        request = model.model_validate_json(body)
+    except ValidationError as error:
+        raise _explain(error) from None
+    _refuse_extra(request, NEUTRAL)
+    if request.stream_options is not None:
+        if not request.stream:
+            raise RequestError("stream_options needs stream=true", param="stream_options")
+        if request.stream_options.continuous_usage_stats:
+            raise _unsupported("stream_options.continuous_usage_stats")
+        if request.stream_options.include_obfuscation:
+            raise _unsupported("stream_options.include_obfuscation")
+        _refuse_extra(request.stream_options, {}, "stream_options.")
+    if isinstance(request, ChatRequest):
+        _check_chat(request)
+    return request
+
+
+def _check_chat(request: ChatRequest) -> None:
+    for index, message in enumerate(request.messages):
+        where = f"messages.{index}."
+        _refuse_extra(message, MESSAGE_NEUTRAL, where)
+        if message.role in ("tool", "function"):
+            raise RequestError(
+                f"messages of role {message.role!r} are not supported", param=f"{where}role"
+            )
+        for part in message.content if isinstance(message.content, list) else ():
+            if part.type != "text" or part.text is None:
+                raise RequestError(
+                    "only content parts of type 'text' are supported", param=f"{where}content"
+                )
+            _refuse_extra(part, {}, f"{where}content.")
+        if message.content is None and message.role != "assistant":
+            raise RequestError(f"{where}content is missing", param=f"{where}content")
+    both = (request.max_tokens, request.max_completion_tokens)
+    if None not in both and both[0] != both[1]:
+        raise RequestError(
+            "max_tokens and max_completion_tokens differ: send one of them", param="max_tokens"
+        )
+
+
+def _refuse_extra(model: Strict, neutral: dict[str, tuple[Any, ...]], prefix: str = "") -> None:
+    for name, value in (model.model_extra or {}).items():
+        if name not in neutral:
+            shown = name if len(name) <= 100 else f"{name[:100]}…"
+            raise RequestError(f"unknown field {prefix}{shown}", param=f"{prefix}{shown}")
+        if value is not None and not any(_same(value, other) for other in neutral[name]):
+            raise _unsupported(f"{prefix}{name}")
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equality that tells false from 0: ``logprobs: 0`` asks for something, false does not."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _unsupported(name: str) -> RequestError:
+    return RequestError(f"{name} is not supported by this server: leave it out", param=name)
+
+
+def _explain(error: ValidationError) -> RequestError:
+    """The first problem, without a repetition of what was sent."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        return RequestError(f"the body is not valid JSON: {reason}")
+    if not first["loc"]:
+        return RequestError("the body must be a JSON object")
+    param = ".".join(str(part) for part in first["loc"])
+    message = f"{param} is missing" if first["type"] == "missing" else f"{param}: {first['msg']}"
+    return RequestError(message, param=param)

@@ -1,0 +1,175 @@
+"""From an HTTP request to engine requests: the body, the model, the prompts, the settings."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from starlette.requests import ClientDisconnect, Request
+
+from deltaserve import __version__
+from deltaserve.engine.client import EngineClient
+from deltaserve.engine.types import EngineRequest, ModelInfo, SamplingParams
+from deltaserve.errors import RequestError, UnknownModelError
+from deltaserve.server.errors import ApiError
+from deltaserve.server.generate import Generation
+from deltaserve.server.protocol import GenerationRequest, RequestT, parse
+from deltaserve.server.sse import ClientGoneError
+from deltaserve.server.tokenizers import ModelTokenizer
+
+MAX_BODY_BYTES = 8 * 2**20
+MAX_CHOICES = 2048
+"""Prompts times n in one HTTP request."""
+MIN_TEMPERATURE = 1e-5
+"""Below it logits overflow; the answer is the greedy one anyway (vLLM's bound)."""
+MODELS_IN_MESSAGE = 5
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that requests can name."""
+
+    info: ModelInfo
+    tokenizer: ModelTokenizer
+    max_model_len: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when answers may: with the delta or the version of the server."""
+        identity = f"{__version__}/{self.info.name}/{self.info.digest}"
+        return f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+class Service:
+    """What the routes share: the engine and the models that it serves."""
+
+    def __init__(self, client: EngineClient, tokenizers: Mapping[str, ModelTokenizer]) -> None:
+        self.client = client
+        self.models = {
+            info.name: ServedModel(info, tokenizers[info.name], client.max_model_len)
+            for info in client.models()
+        }
+
+    def model(self, name: str) -> ServedModel:
+        """Raises UnknownModelError."""
+        if name in self.models:
+            return self.models[name]
+        some = ", ".join(list(self.models)[:MODELS_IN_MESSAGE])
+        more = len(self.models) - MODELS_IN_MESSAGE
+        raise UnknownModelError(
+            f"The model {name[:128]!r} does not exist. GET /v1/models lists those that do: {some}"
+            + (f" and {more} more." if more > 0 else "."),
+            param="model",
+        )
+
+    def generation(
+        self,
+        request_id: str,
+        body: GenerationRequest,
+        model: ServedModel,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: Sequence[int],
+    ) -> Generation:
+        """The engine requests for ``prompts``, queued. Raises what ``submit`` raises."""
+        requests = [
+            EngineRequest(
+                f"{request_id}-{index}",
+                model.info.name,
+                tuple(prompt),
+                _sampling(body, model, limit),
+            )
+            for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
+        ]
+        generation = Generation(self.client, model.tokenizer, body.stops, body.n or 1, requests)
+        generation.submit()
+        return generation
+
+
+async def read_request(request: Request, model: type[RequestT]) -> RequestT:
+    """Read and check a body.
+
+    Raises:
+        RequestError: not JSON, too large, wrong fields.
+        ClientGoneError: the client went away while it was sending.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # also keeps foreign web pages from posting unasked
+        raise ApiError(415, "the body must be JSON, with 'Content-Type: application/json'")
+    return parse(model, await _read_body(request))
+
+
+async def _read_body(request: Request) -> bytes:
+    body = bytearray()
+    too_large = int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES
+    try:
+        if not too_large:
+            async for chunk in request.stream():
+                body += chunk
+                if too_large := len(body) > MAX_BODY_BYTES:
+                    break
+    except ClientDisconnect:
+        raise ClientGoneError from None
+    if too_large:
+        raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+    return bytes(body)
+
+
+def check_prompt(
+    model: ServedModel,
+    prompt: Sequence[int],
+    max_tokens: int | None,
+    default: int | None,
+    param: str,
+) -> int:
+    """The number of tokens that may be generated after ``prompt``.
+
+    Args:
+        max_tokens: what the client asked for.
+        default: what it gets otherwise; None is the rest of the context.
+
+    Raises:
+        RequestError: empty, with tokens that the model does not have, or too long.
+    """
+    if not prompt:
+        raise RequestError(f"{param} is empty: it must hold at least one token", param=param)
+    if min(prompt) < 0 or max(prompt) >= model.info.vocab_size:
+        wrong = next(token for token in prompt if not 0 <= token < model.info.vocab_size)
+        raise RequestError(
+            f"{param} holds the token id {wrong}, but {model.info.name} has ids from 0 "
+            f"to {model.info.vocab_size - 1}",
+            param=param,
+        )
+    room = model.max_model_len - len(prompt)
+    if room < (max_tokens or 1):
+        asked = f"max_tokens = {max_tokens}" if max_tokens else "at least 1 to generate"
+        raise ApiError(
+            400,
+            f"{model.info.name} has a context of {model.max_model_len} tokens, but this request "
+            f"needs {len(prompt) + (max_tokens or 1)}: {len(prompt)} in the prompt and {asked}. "
+            "Shorten the prompt or lower max_tokens.",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return max_tokens or min(room, default or room)
+
+
+def check_choices(num_prompts: int, n: int | None) -> None:
+    """Raises RequestError when one HTTP request asks for too many sequences."""
+    total = num_prompts * (n or 1)
+    if total > MAX_CHOICES:
+        raise RequestError(
+            f"prompts times n is {total}, but at most {MAX_CHOICES} in one request", param="n"
+        )
+
+
+def _sampling(body: GenerationRequest, model: ServedModel, max_tokens: int) -> SamplingParams:
+    temperature = 1.0 if body.temperature is None else body.temperature
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(body.top_k or 0, 0),
+        seed=body.seed,
+        stop_token_ids=model.tokenizer.eos_ids,
+    )

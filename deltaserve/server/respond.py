@@ -1,0 +1,83 @@
+"""Answers in OpenAI's shape, whole or streamed; the two APIs differ only in their ``Shape``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from deltaserve.engine.types import FinishReason
+from deltaserve.server.errors import json_response
+from deltaserve.server.generate import Generation, Piece
+from deltaserve.server.protocol import GenerationRequest
+from deltaserve.server.requests import ServedModel
+from deltaserve.server.sse import DONE, EventStream, event, while_connected
+
+
+class Shape(Protocol):
+    """How an API names things."""
+
+    kind: str
+    chunk_kind: str
+
+    def whole(self, index: int, text: str, reason: FinishReason) -> dict[str, Any]:
+        """A finished choice."""
+        ...
+
+    def parts(self, piece: Piece, first: bool) -> Iterator[dict[str, Any]]:
+        """The choices of the chunks that carry ``piece``; ``first`` of its choice or not."""
+        ...
+
+
+async def respond(
+    request: Request,
+    body: GenerationRequest,
+    model: ServedModel,
+    generation: Generation,
+    shape: Shape,
+    response_id: str,
+) -> Response:
+    """Follow a submitted generation to its end; it is aborted if the client leaves."""
+    envelope = {
+        "id": response_id,
+        "object": shape.chunk_kind if body.stream else shape.kind,
+        "created": int(time.time()),
+        "model": model.info.name,
+        "system_fingerprint": model.fingerprint,
+    }
+    if body.stream:
+        events = _events(generation, shape, envelope, body.include_usage)
+        return EventStream(events, on_close=generation.abort)
+    try:
+        choices = await while_connected(request.receive, _collect(generation, shape))
+    finally:
+        generation.abort()
+    return json_response({**envelope, "choices": choices, "usage": generation.usage()})
+
+
+async def _collect(generation: Generation, shape: Shape) -> list[dict[str, Any]]:
+    texts: dict[int, list[str]] = {}
+    reasons: dict[int, FinishReason] = {}
+    async for piece in generation.pieces():
+        texts.setdefault(piece.index, []).append(piece.text)
+        if piece.finish_reason is not None:
+            reasons[piece.index] = piece.finish_reason
+    return [shape.whole(i, "".join(texts[i]), reasons[i]) for i in sorted(texts)]
+
+
+async def _events(
+    generation: Generation, shape: Shape, envelope: dict[str, Any], include_usage: bool
+) -> AsyncIterator[str]:
+    # OpenAI: with include_usage every chunk has the field, null but in the last.
+    extra: dict[str, Any] = {"usage": None} if include_usage else {}
+    begun: set[int] = set()
+    async for piece in generation.pieces():
+        for choice in shape.parts(piece, first=piece.index not in begun):
+            yield event({**envelope, "choices": [choice], **extra})
+        begun.add(piece.index)
+    if include_usage:
+        yield event({**envelope, "choices": [], "usage": generation.usage()})
+    yield DONE

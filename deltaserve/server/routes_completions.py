@@ -1,0 +1,61 @@
+"""POST /v1/completions"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from deltaserve.engine.types import FinishReason
+from deltaserve.errors import RequestError
+from deltaserve.server.generate import Piece
+from deltaserve.server.protocol import CompletionRequest
+from deltaserve.server.requests import Service, check_choices, check_prompt, read_request
+from deltaserve.server.respond import respond
+from deltaserve.server.sse import while_connected
+from deltaserve.server.tokenizers import ModelTokenizer
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+class CompletionShape:
+    kind = chunk_kind = "text_completion"
+
+    def whole(self, index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+
+    def parts(self, piece: Piece, first: bool) -> Iterator[dict[str, Any]]:
+        yield self.whole(piece.index, piece.text, piece.finish_reason)
+
+
+def completions_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/completions")
+    async def create_completion(request: Request) -> Response:
+        body = await read_request(request, CompletionRequest)
+        model = service.model(body.model)
+        prompts = await while_connected(
+            request.receive, asyncio.to_thread(_encode, body, model.tokenizer)
+        )
+        limits = [
+            check_prompt(model, prompt, body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
+            for prompt in prompts
+        ]
+        response_id = f"cmpl-{request.state.request_id}"
+        generation = service.generation(response_id, body, model, prompts, limits)
+        return await respond(request, body, model, generation, CompletionShape(), response_id)
+
+    return router
+
+
+def _encode(body: CompletionRequest, tokenizer: ModelTokenizer) -> list[list[int]]:
+    """The token ids of each prompt."""
+    prompts = body.prompts
+    check_choices(len(prompts), body.n)
+    if not prompts or "" in prompts:
+        raise RequestError("prompt is empty: it must hold at least one token", param="prompt")
+    special = body.add_special_tokens is not False
+    return [tokenizer.encode(p, special) if isinstance(p, str) else p for p in prompts]

@@ -1,0 +1,139 @@
+"""A real HTTP server over FakeEngine, with real tokenizers, and the official client."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from fake_engine import FakeEngine
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from deltaserve.config import EngineConfig, ServerConfig, hash_key
+from deltaserve.engine.types import ModelInfo
+from deltaserve.server.app import create_app
+from deltaserve.server.tokenizers import ModelTokenizer, load_tokenizers
+
+KEY = "sk-correct-horse"
+LINES = [
+    "the quick brown fox jumps over the lazy dog",
+    "Hello world, hello there. How are you today?",
+    "naïve café — déjà vu, 你好世界 😀 🇨🇭",
+]
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'alien' %}{{ raise_exception('no aliens') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def byte_level_tokenizer(added: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, initial_alphabet=alphabet, special_tokens=["<s>", "</s>", "<end>"]
+    )
+    backend.train_from_iterator(LINES, trainer)
+    backend.add_tokens([AddedToken(word) for word in added])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """base: no chat template. chatty: a template and more ends. grown: a token more."""
+    root = tmp_path_factory.mktemp("models")
+    dirs = {name: root / name for name in ("base", "chatty", "team/grown")}
+    for path in dirs.values():
+        path.mkdir(parents=True)
+    byte_level_tokenizer().save_pretrained(dirs["base"])
+    (dirs["base"] / "generation_config.json").write_text('{"eos_token_id": 1}')
+    (dirs["chatty"] / "chat_template.jinja").write_text(TEMPLATE)
+    (dirs["chatty"] / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    grown = byte_level_tokenizer(added=("<<tool>>",))
+    grown.save_pretrained(dirs["team/grown"])
+    return dirs
+
+
+@pytest.fixture(scope="session")
+def served(model_dirs: dict[str, Path]) -> list[ModelInfo]:
+    base = ModelInfo("base", str(model_dirs["base"]), None, None, vocab_size=400)
+    return [base] + [
+        ModelInfo(
+            name,
+            str(model_dirs[name]),
+            "base",
+            f"sha256:{name}",
+            codecs=("int", "raw"),
+            full_bytes=1000,
+            resident_bytes=100,
+            disk_bytes=90,
+            vocab_size=400,
+        )
+        for name in ("chatty", "team/grown")
+    ]
+
+
+@pytest.fixture(scope="session")
+def tokenizers(served: list[ModelInfo]) -> dict[str, ModelTokenizer]:
+    return load_tokenizers(served)
+
+
+@contextlib.contextmanager
+def running(app: object) -> Iterator[str]:
+    """Serve an application from a thread; gives its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="session")
+def _engine(served: list[ModelInfo]) -> FakeEngine:
+    return FakeEngine(served)
+
+
+@pytest.fixture
+def engine(_engine: FakeEngine) -> FakeEngine:
+    _engine.reset()
+    return _engine
+
+
+@pytest.fixture(scope="session")
+def url(_engine: FakeEngine, tokenizers: dict[str, ModelTokenizer]) -> Iterator[str]:
+    with running(create_app(_engine, tokenizers, ServerConfig(EngineConfig("base")))) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def locked_url(_engine: FakeEngine, tokenizers: dict[str, ModelTokenizer]) -> Iterator[str]:
+    config = ServerConfig(EngineConfig("base"), api_key_sha256=hash_key(KEY))
+    with running(create_app(_engine, tokenizers, config)) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url: str, engine: FakeEngine) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def http(url: str, engine: FakeEngine) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=10) as http:
+        yield http

@@ -1,0 +1,78 @@
+"""An engine without a model: it repeats the prompt, or whatever a test scripted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+
+from deltaserve.engine.types import (
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    ModelInfo,
+    TokenEvent,
+)
+from deltaserve.errors import EngineDeadError
+
+Script = Callable[[EngineRequest], Iterable[TokenEvent]]
+
+
+def echo(request: EngineRequest) -> Iterable[TokenEvent]:
+    """The prompt again, a token at a time, then the end-of-sequence token."""
+    limit = request.sampling.max_tokens
+    answer = [*request.prompt_ids, min(request.sampling.stop_token_ids)]
+    for count, token in enumerate(answer[:limit], start=1):
+        reason = None
+        if count == len(answer):
+            reason = FinishReason.STOP
+        elif count == limit:
+            reason = FinishReason.LENGTH
+        yield TokenEvent(request.request_id, (token,), reason)
+
+
+class FakeEngine:
+    """An EngineClient; ``script`` and ``pause`` (seconds before each event) are the test's."""
+
+    max_model_len = 200
+
+    def __init__(self, models: list[ModelInfo]) -> None:
+        self._models = models
+        self.reset()
+
+    def reset(self) -> None:
+        self.script: Script = echo
+        self.pause = 0.0
+        self.dead = False
+        self.submitted: list[EngineRequest] = []
+        self.aborted: list[str] = []
+        self.streaming: set[str] = set()
+
+    def models(self) -> list[ModelInfo]:
+        return self._models
+
+    def submit(self, request: EngineRequest) -> None:
+        if self.dead:
+            raise EngineDeadError("the engine failed: out of luck")
+        self.submitted.append(request)
+
+    async def stream(self, request_id: str) -> AsyncIterator[TokenEvent]:
+        request = next(r for r in self.submitted if r.request_id == request_id)
+        self.streaming.add(request_id)
+        try:
+            for event in self.script(request):
+                await asyncio.sleep(self.pause)
+                yield event
+        finally:
+            self.streaming.discard(request_id)
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+    def alive(self) -> bool:
+        return not self.dead
+
+    def close(self) -> None:
+        pass
