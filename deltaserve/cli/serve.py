@@ -10,7 +10,10 @@ import typer
 from deltaserve.config import EngineConfig, ServerConfig, load_config, parse_deltas
 
 Base = Annotated[
-    str | None, typer.Argument(help="Directory or hub id of the base model.", show_default=False)
+    str | None,
+    typer.Argument(
+        metavar="BASE", help="Directory or hub id of the base model.", show_default=False
+    ),
 ]
 Deltas = Annotated[
     list[str] | None,
@@ -23,7 +26,9 @@ Host = Annotated[
     str | None,
     typer.Option(help=f"Address; others than loopback need a key. (default: {ServerConfig.host})"),
 ]
-Port = Annotated[int | None, typer.Option(help=f"0 picks a free one. (default: {ServerConfig.port})")]
+Port = Annotated[
+    int | None, typer.Option(help=f"0 picks a free one. (default: {ServerConfig.port})")
+]
 ApiKey = Annotated[
     str | None,
     typer.Option(
@@ -39,7 +44,9 @@ Dtype = Annotated[
     str | None,
     typer.Option(help=f"auto, float32, bfloat16 or float16. (default: {EngineConfig.dtype})"),
 ]
-Device = Annotated[str | None, typer.Option(help=f"auto, cpu or cuda. (default: {EngineConfig.device})")]
+Device = Annotated[
+    str | None, typer.Option(help=f"auto, cpu or cuda. (default: {EngineConfig.device})")
+]
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Longest prompt and answer together. (default: the model's)")
 ]
@@ -47,12 +54,15 @@ MaxNumSeqs = Annotated[
     int | None, typer.Option(help=f"Requests in one batch. (default: {EngineConfig.max_num_seqs})")
 ]
 MaxNumBatchedTokens = Annotated[
-    int | None, typer.Option(help=f"Tokens in one step. (default: {EngineConfig.max_num_batched_tokens})")
+    int | None,
+    typer.Option(help=f"Tokens in one step. (default: {EngineConfig.max_num_batched_tokens})"),
 ]
 BlockSize = Annotated[
     int | None, typer.Option(help=f"Tokens in a KV block. (default: {EngineConfig.block_size})")
 ]
-KvBytes = Annotated[int | None, typer.Option(help="Memory of the KV cache. (default: chosen by the engine)")]
+KvBytes = Annotated[
+    int | None, typer.Option(help="Memory of the KV cache. (default: chosen by the engine)")
+]
 
 
 def run(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -94,12 +96,21 @@ def default_dir() -> Path:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own progress bars: callers draw theirs."""
+    """Without what libraries tell their developers, and without their progress bars.
+
+    Callers draw bars of their own.  PEFT warns of a coming rename in transformers, and
+    bitsandbytes, which it imports, of kernels that nothing here uses.
+    """
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):
+            yield
     finally:
+        bitsandbytes.setLevel(level)
         if shown:
             transformers_logging.enable_progress_bar()
 
@@ -119,7 +130,8 @@ def load_adapter(
     base: Path, adapter: Path, dtype: torch.dtype = torch.float32
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The base with a PEFT adapter's layers inside, and the base's tokenizer."""
-    from peft import PeftModel  # slow to import, needed for adapters only
+    with quiet():
+        from peft import PeftModel  # slow to import, needed for adapters only
 
     model, tokenizer = load_base(base, dtype)
     with quiet():

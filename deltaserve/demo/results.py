@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from deltaserve import __version__
 from deltaserve.artifact.manifest import Manifest, TensorEntry
+from deltaserve.bench.record import environment
 from deltaserve.demo.family import BASE, Family, FineTune
 from deltaserve.demo.questions import EngineWork, Session
 
 LEAST_KEPT = 0.97
 LEAST_RATIO = 6.0
-PACKAGES = ("torch", "transformers", "openai")
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,6 @@ class Throughput:
 class Results:
     """One run. phase_seconds: of this run; training_seconds: when each model was trained."""
 
-    date: str
     environment: dict[str, Any]
     directory: str
     seed: int
@@ -93,8 +87,7 @@ def assemble(
     """Bring together what was built, compressed and answered."""
     total = sum(answer.completion_tokens for answer in session.answers)
     return Results(
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        environment=environment(),
+        environment=environment() | {name: version(name) for name in ("deltaserve", "openai")},
         directory=str(family.root),
         seed=seed,
         models=tuple(model_row(m, manifests[m.name], session) for m in family.members),
@@ -140,18 +133,6 @@ def codec_names(manifest: Manifest) -> tuple[str, ...]:
     return tuple(sorted(held, key=lambda name: -held[name]))
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, for whoever compares numbers."""
-    versions = {"deltaserve": __version__, "python": platform.python_version()}
-    versions |= {package: version(package) for package in PACKAGES}
-    return {
-        "versions": versions,
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-    }
-
-
 def _throughput(session: Session, model: str) -> Throughput:
     tokens = session.completion_tokens(model)
     return Throughput(session.prompts(model), tokens, tokens / session.seconds)
@@ -176,13 +157,3 @@ def _codec_name(entry: TensorEntry) -> str:
     if "rank" in entry.params:
         return f"{entry.codec} r{entry.params['rank']}"
     return entry.codec
-
-
-def _cpu() -> str:
-    """The processor's name as Linux tells it; other systems know it otherwise."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())

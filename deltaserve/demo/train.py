@@ -227,7 +227,8 @@ def _train_full(
 def _train_lora(
     base: Path, member: MemberRecipe, seed: int, folder: Path, report: Callable[[float], None]
 ) -> None:
-    from peft import LoraConfig, get_peft_model  # slow to import, needed for adapters only
+    with quiet():
+        from peft import LoraConfig, get_peft_model  # slow to import, needed for adapters only
 
     model, tokenizer = load_base(base)
     config = LoraConfig(
@@ -236,7 +237,8 @@ def _train_lora(
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config)
+    with quiet():
+        adapted = get_peft_model(model, config)
     # The adapter's layers sit inside `model` now; the wrapper only saves them.
     fit(model, tokenizer, TASKS[member.task].stream("train", seed), member.schedule, report)
     with quiet():

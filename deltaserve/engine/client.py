@@ -28,7 +28,10 @@ class EngineClient(Protocol):
         ...
 
     def stream(self, request_id: str) -> AsyncIterator[TokenEvent]:
-        """The events of a submitted request, until the one with a finish reason."""
+        """The events of a submitted request, until the one with a finish reason.
+
+        Whoever leaves earlier must call ``abort``.
+        """
         ...
 
     def abort(self, request_id: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.utils import logging
 
 from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.engine.families import family_of
@@ -55,6 +56,7 @@ def load_base(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> nn.Mod
     """
     family_of(checkpoint.architecture)
     AttentionInterface.register(ATTENTION, _attention)
+    logging.disable_progress_bar()  # a bar on stderr would stand before an error's one line
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:

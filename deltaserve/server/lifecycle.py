@@ -33,9 +33,7 @@ def serve(config: ServerConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     # Before minutes of loading: an address that cannot be had is known at once.
     with contextlib.closing(bind(config)) as listener:
-        print(
-            f"Loading {config.engine.base} and {len(config.engine.deltas)} deltas ...", flush=True
-        )
+        print(f"Loading {config.engine.base}, {len(config.engine.deltas)} delta(s) ...", flush=True)
         client = LocalClient.start(config.engine)
         try:
             app = create_app(client, load_tokenizers(client.models()), config)

@@ -93,6 +93,10 @@ MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_call_id": (),
     "tool_calls": ([],),
 }
+STREAM_OPTIONS_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "continuous_usage_stats": (False,),
+    "include_obfuscation": (False,),
+}
 
 
 def _one_of(expected: str) -> WrapValidator:
@@ -208,11 +212,7 @@ def parse(model: type[RequestT], body: bytes) -> RequestT:
     if request.stream_options is not None:
         if not request.stream:
             raise RequestError("stream_options needs stream=true", param="stream_options")
-        if request.stream_options.continuous_usage_stats:
-            raise _unsupported("stream_options.continuous_usage_stats")
-        if request.stream_options.include_obfuscation:
-            raise _unsupported("stream_options.include_obfuscation")
-        _refuse_extra(request.stream_options, {}, "stream_options.")
+        _refuse_extra(request.stream_options, STREAM_OPTIONS_NEUTRAL, "stream_options.")
     if isinstance(request, ChatRequest):
         _check_chat(request)
     return request

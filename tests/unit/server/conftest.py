@@ -13,40 +13,13 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from fake_engine import FakeEngine
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from fake_engine import KEY, FakeEngine
+from tiny_tokenizer import TEMPLATE, byte_level_tokenizer
 
 from deltaserve.config import EngineConfig, ServerConfig, hash_key
 from deltaserve.engine.types import ModelInfo
 from deltaserve.server.app import create_app
 from deltaserve.server.tokenizers import ModelTokenizer, load_tokenizers
-
-KEY = "sk-correct-horse"
-LINES = [
-    "the quick brown fox jumps over the lazy dog",
-    "Hello world, hello there. How are you today?",
-    "naïve café — déjà vu, 你好世界 😀 🇨🇭",
-]
-TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m.role == 'alien' %}{{ raise_exception('no aliens') }}{% endif %}"
-    "{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
-
-
-def byte_level_tokenizer(added: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=340, initial_alphabet=alphabet, special_tokens=["<s>", "</s>", "<end>"]
-    )
-    backend.train_from_iterator(LINES, trainer)
-    backend.add_tokens([AddedToken(word) for word in added])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="session")

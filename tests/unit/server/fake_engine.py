@@ -14,6 +14,9 @@ from deltaserve.engine.types import (
 )
 from deltaserve.errors import EngineDeadError
 
+KEY = "sk-correct-horse"
+"""What the locked server asks for."""
+
 Script = Callable[[EngineRequest], Iterable[TokenEvent]]
 
 

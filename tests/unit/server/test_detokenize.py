@@ -80,8 +80,12 @@ def test_text_stops_where_the_first_stop_string_is_complete(decoders_by_style, t
     ids = decoder.encode(text)
     whole = decoder.decode(ids)
     stream = TextStream(decoder, stops)
-    streamed = "".join(stream.push([token]) for token in ids)
-    assert whole.startswith(streamed)
+    streamed = ""
+    for token in ids:
+        streamed += stream.push([token])
+        assert whole.startswith(streamed)
+        if stream.stopped:
+            break
     if not stream.stopped:
         streamed += stream.finish()
     assert (streamed, stream.stopped) == expected(whole, stops)

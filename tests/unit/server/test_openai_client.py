@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import openai
 import pytest
-from conftest import KEY, TEMPLATE
-from fake_engine import FakeEngine
+from fake_engine import KEY, FakeEngine
+from tiny_tokenizer import TEMPLATE
 
 from deltaserve.engine.types import FinishReason, TokenEvent
 

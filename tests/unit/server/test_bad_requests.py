@@ -7,7 +7,7 @@ import time
 
 import httpx
 import pytest
-from conftest import KEY
+from fake_engine import KEY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -1,0 +1,183 @@
+"""``deltaserve serve`` as typed: a real engine, a base and its deltas, the official client."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from deltaserve.cli.main import dispatch
+from deltaserve.compress.plan import make_plan
+from deltaserve.compress.run import compress
+from deltaserve.demo.tokenizer import build_tokenizer
+from tests.families import COMMON, make_fine_tune
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}!{% endfor %}"
+PROMPTS = ("reverse: abc", "add: 12+34", "sort: hello")
+MAX_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base and two full fine-tunes of it; ``beta`` has a chat template of its own."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    tokenizer = build_tokenizer()
+    config = AutoConfig.for_model("llama", **{**COMMON, "vocab_size": len(tokenizer)})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    for seed, name in enumerate(("alpha", "beta"), start=1):
+        make_fine_tune(root / "base", root / name, seed=seed)
+        build_tokenizer().save_pretrained(root / name)
+    (root / "beta" / "chat_template.jinja").write_text(TEMPLATE)
+    return {name: root / name for name in ("base", "alpha", "beta")}
+
+
+@pytest.fixture(scope="module")
+def deltas(checkpoints: dict[str, Path]) -> dict[str, Path]:
+    out = checkpoints["base"].parent / "deltas"
+    for name in ("alpha", "beta"):
+        compress(checkpoints["base"], checkpoints[name], out / name, make_plan(codec="raw"))
+    return {name: out / name for name in ("alpha", "beta")}
+
+
+def start(checkpoints: dict[str, Path], deltas: dict[str, Path]) -> tuple[subprocess.Popen, str]:
+    """The command in its own process, and its URL once it is ready."""
+    command = [sys.executable, "-m", "deltaserve", "serve", str(checkpoints["base"])]
+    for name, path in deltas.items():
+        command += ["--delta", f"{name}={path}"]
+    command += ["--port", "0", "--device", "cpu", "--kv-cache-memory-bytes", str(1 << 24)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stdout or ():
+        lines.append(line)
+        if ready := re.match(r"DeltaServe ready at (http://\S+) — 3 models: base, alpha", line):
+            return process, ready[1]
+    raise AssertionError(f"the server ended with {process.wait()}: {lines}")
+
+
+@pytest.fixture(scope="module")
+def url(checkpoints: dict[str, Path], deltas: dict[str, Path]) -> Iterator[str]:
+    process, url = start(checkpoints, deltas)
+    yield url
+    process.terminate()
+    assert process.wait(20) == 0
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def reference(path: Path, prompt: str) -> str:
+    """What transformers generates from a checkpoint."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=MAX_TOKENS, do_sample=False)
+    return tokenizer.decode(
+        out[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
+def test_every_model_gives_its_own_answer(client, checkpoints):
+    wanted = {(name, p): reference(path, p) for name, path in checkpoints.items() for p in PROMPTS}
+
+    def ask(key: tuple[str, str]) -> str:
+        answer = client.completions.create(
+            model=key[0], prompt=key[1], max_tokens=MAX_TOKENS, temperature=0
+        )
+        return answer.choices[0].text
+
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        served = dict(zip(wanted, pool.map(ask, wanted), strict=True))
+    assert served == wanted
+    assert len(set(wanted.values())) > len(PROMPTS)  # the models do differ
+
+
+def test_models_tell_parent_and_size(client):
+    alpha = client.models.retrieve("alpha")
+    assert alpha.parent == "base"
+    assert alpha.bytes["full"] >= alpha.bytes["resident"] > 0
+    assert alpha.codecs == ["raw"]
+
+
+@pytest.mark.parametrize("model", ["base", "alpha", "beta"])
+def test_stream_equals_whole_and_seed_repeats(client, model):
+    ask = {"model": model, "prompt": PROMPTS[0], "max_tokens": 30, "seed": 5, "n": 2}
+    whole = client.completions.create(**ask)
+    texts = ["", ""]
+    for chunk in client.completions.create(**ask, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in whole.choices]
+    assert texts[0] != texts[1]
+
+
+def test_chat_uses_the_fine_tunes_own_template(client):
+    messages = [{"role": "user", "content": "abc"}]
+    tokens = {
+        name: client.chat.completions.create(
+            model=name, messages=messages, max_tokens=4
+        ).usage.prompt_tokens
+        for name in ("alpha", "beta")
+    }
+    assert tokens == {"alpha": 6, "beta": 5}  # <bos><|user|>abc<|assistant|>; <bos>abc!
+
+
+def test_refusals_of_the_engine(client):
+    with pytest.raises(openai.BadRequestError, match="context"):
+        client.completions.create(model="alpha", prompt=[5] * 300)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="gamma", prompt="x")
+
+
+def test_a_client_that_leaves_does_no_harm(client):
+    stream = client.completions.create(model="beta", prompt="x", max_tokens=200, stream=True)
+    next(iter(stream))
+    stream.close()
+    assert client.completions.create(model="beta", prompt="x", max_tokens=2).choices
+
+
+def test_interrupt_while_streaming(checkpoints, deltas):
+    process, url = start(checkpoints, deltas)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused") as client:
+        stream = client.completions.create(model="beta", prompt="x", max_tokens=150, stream=True)
+        next(iter(stream))
+        process.send_signal(signal.SIGINT)
+        for _ in stream:  # what has begun may end
+            pass
+    assert process.wait(20) == 0
+    assert process.stdout is not None
+    assert "DeltaServe stopped." in process.stdout.read()
+
+
+def test_bad_starts(checkpoints, deltas, capfd, monkeypatch):
+    monkeypatch.delenv("DELTASERVE_API_KEY", raising=False)
+    base = str(checkpoints["base"])
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        bad = {
+            ("serve", base, "--port", port): f"port {port} of 127.0.0.1 is in use",
+            ("serve", base, "--host", "0.0.0.0"): "DELTASERVE_API_KEY",
+            ("serve", base, "--delta", "x"): "NAME=PATH",
+            ("serve",): "no base model",
+            ("serve", base, "--config", os.devnull): "must hold a mapping",
+            ("serve", base, "--port", "0", "--delta", f"x={base}"): "delta",
+        }
+        for command, message in bad.items():
+            assert dispatch(list(command)) == 2
+            *_, error = capfd.readouterr().err.splitlines()  # after transformers' progress bars
+            assert error.startswith("deltaserve: error: ")
+            assert message in error
