@@ -55,6 +55,8 @@ class EngineConfig:
     """Tokens in a KV block."""
     kv_cache_memory_bytes: int | None = None
     """Memory of the KV cache; None lets the engine choose."""
+    merge_memory_bytes: int = 0
+    """Memory for deltas whose projections are kept dense (base + delta): faster on a CPU."""
 
     def __post_init__(self) -> None:
         if not self.base:
@@ -63,6 +65,10 @@ class EngineConfig:
             object.__setattr__(self, "served_model_name", Path(self.base).resolve().name)
         for name in ("max_model_len", "max_num_seqs", "block_size", "kv_cache_memory_bytes"):
             _require_positive(name, getattr(self, name))
+        if self.merge_memory_bytes < 0:
+            raise ConfigError(
+                f"merge_memory_bytes is {self.merge_memory_bytes}, but must be 0 or more"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, but must be at least "

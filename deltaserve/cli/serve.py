@@ -63,6 +63,13 @@ BlockSize = Annotated[
 KvBytes = Annotated[
     int | None, typer.Option(help="Memory of the KV cache. (default: chosen by the engine)")
 ]
+MergeBytes = Annotated[
+    int | None,
+    typer.Option(
+        help="Memory for deltas kept merged with the base: faster on a CPU, but each then takes "
+        f"a whole model's. (default: {EngineConfig.merge_memory_bytes}, all stay packed)"
+    ),
+]
 
 
 def run(
@@ -80,6 +87,7 @@ def run(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     block_size: BlockSize = None,
     kv_cache_memory_bytes: KvBytes = None,
+    merge_memory_bytes: MergeBytes = None,
 ) -> None:
     """Serve a base model and its deltas behind an OpenAI-compatible endpoint."""
     flags = {name: value for name, value in locals().items() if name not in ("delta", "config")}

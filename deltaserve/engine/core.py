@@ -68,7 +68,13 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
         self.residency = Residency(
-            base, digest, modules, vocab_size=model_config.vocab_size, dtype=dtype, device=device
+            base,
+            digest,
+            modules,
+            vocab_size=model_config.vocab_size,
+            dtype=dtype,
+            device=device,
+            merge_memory=config.merge_memory_bytes,
         )
         for source in config.deltas:
             self.residency.load(source.name, source.path)

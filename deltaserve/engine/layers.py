@@ -44,9 +44,34 @@ class DeltaLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., T, K] -> [..., T, N]; the leading dimensions are 1."""
-        y = F.linear(x, self.inner.weight, self.inner.bias)
-        self.correct(x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
-        return y
+        return self.compute(x, self.inner.weight.shape[0])
+
+    def compute(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        """The base where it is needed, then each delta -> [..., T, width >= N]."""
+        x_TK = x.view(-1, x.shape[-1])
+        spans = self.base_spans(len(x_TK))
+        num_outputs = self.inner.weight.shape[0]
+        if spans == [(0, len(x_TK))] and width == num_outputs:
+            y_TN = F.linear(x_TK, self.inner.weight, self.inner.bias)
+        else:
+            y_TN = x_TK.new_zeros(len(x_TK), width)
+            for start, end in spans:
+                part = F.linear(x_TK[start:end], self.inner.weight, self.inner.bias)
+                y_TN[start:end, :num_outputs] = part
+        self.correct(x_TK, y_TN)
+        return y_TN.view(*x.shape[:-1], width)
+
+    def base_spans(self, num_rows: int) -> list[tuple[int, int]]:
+        """Runs of rows that need the base's output: all but those with a whole weight of their
+        own, for which it would be overwritten."""
+        spans, begin = [], 0
+        for segment in self.segments():
+            weight = self.weights.get(segment.slot)
+            if weight is not None and weight.codec == "raw":
+                if begin < segment.start:
+                    spans.append((begin, segment.start))
+                begin = segment.end
+        return [*spans, (begin, num_rows)] if begin < num_rows else spans
 
     def correct(self, x_TK: torch.Tensor, y_TN: torch.Tensor) -> None:
         for segment in self.segments():
@@ -69,12 +94,8 @@ class DeltaHead(DeltaLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits as wide as the widest vocabulary in the step; the runner masks what is
         beyond a row's own."""
-        y = F.linear(x, self.inner.weight, self.inner.bias)
-        mine = [self.weights[s.slot].shape[0] for s in self.segments() if s.slot in self.weights]
-        width = max([y.shape[-1], *mine])
-        y = F.pad(y, (0, width - y.shape[-1]))
-        self.correct(x.view(-1, x.shape[-1]), y.view(-1, width))
-        return y
+        own = [self.weights[s.slot].shape[0] for s in self.segments() if s.slot in self.weights]
+        return self.compute(x, max([self.inner.weight.shape[0], *own]))
 
 
 class DeltaEmbedding(nn.Module):

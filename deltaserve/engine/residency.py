@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,11 +20,15 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class Resident:
-    """A loaded delta. vocab_size: of the fine-tune, which may have added tokens."""
+    """A loaded delta. vocab_size: of the fine-tune, which may have added tokens.
+
+    merged: its projections are dense in memory, not packed.
+    """
 
     slot: int
     delta: Delta
     vocab_size: int
+    merged: bool
 
 
 class Residency:
@@ -38,7 +43,9 @@ class Residency:
         vocab_size: int,
         dtype: torch.dtype,
         device: str,
+        merge_memory: int = 0,
     ) -> None:
+        """merge_memory: bytes that merged weights may take, see ``load``."""
         self.base = base
         self.base_digest = base_digest
         self.vocab_size = vocab_size
@@ -46,9 +53,13 @@ class Residency:
         self._modules = modules
         self._dtype = dtype
         self._device = device
+        self._merge_memory = merge_memory
 
     def load(self, name: str, path: str) -> None:
         """Make a delta servable under ``name``.
+
+        While the memory for it lasts, its projections are merged: kept as base + delta, dense,
+        so that its rows cost one matmul and no decoding.
 
         Raises BaseMismatchError, or ArtifactError for damaged files and for parameters that
         no layer of this base has. Nothing stays attached when it raises.
@@ -58,9 +69,12 @@ class Residency:
         delta.verify_digest()
         slot = 1 + max((r.slot for r in self.residents.values()), default=BASE_SLOT)
         vocab_size = self.vocab_size
+        merge = self._reserve_merged(delta)
         try:
             for parameter in delta.names():
-                operand = self._operand(delta, parameter)
+                operand = self._operand(
+                    delta, parameter, merge and self._mergeable(delta, parameter)
+                )
                 targets = self._targets(delta, parameter)
                 for module, leaf in targets:
                     module.attach(slot, leaf, operand)
@@ -69,7 +83,7 @@ class Residency:
         except BaseException:
             self._detach(slot)
             raise
-        self.residents[name] = Resident(slot, delta, vocab_size)
+        self.residents[name] = Resident(slot, delta, vocab_size, merge)
 
     def info(self, name: str, parent: str) -> ModelInfo:
         resident = self.residents[name]
@@ -84,6 +98,7 @@ class Residency:
             resident_bytes=manifest.sizes.resident.total,
             disk_bytes=manifest.sizes.disk.total,
             vocab_size=resident.vocab_size,
+            merged=resident.merged,
         )
 
     def _targets(self, delta: Delta, parameter: str) -> list[tuple[DeltaModule, str]]:
@@ -107,10 +122,29 @@ class Residency:
     def _has_bias(module: DeltaModule) -> bool:
         return isinstance(module, DeltaLinear) and module.inner.bias is not None
 
-    def _operand(self, delta: Delta, parameter: str) -> Encoded:
+    def _reserve_merged(self, delta: Delta) -> bool:
+        """Take the memory that merging this delta needs, if there is as much left."""
+        shapes = [
+            entry.shape
+            for name, entry in delta.manifest.tensors.items()
+            if self._mergeable(delta, name)
+        ]
+        needed = sum(math.prod(shape) for shape in shapes) * self._dtype.itemsize
+        if not shapes or needed > self._merge_memory:
+            return False
+        self._merge_memory -= needed
+        return True
+
+    def _mergeable(self, delta: Delta, parameter: str) -> bool:
+        """A packed projection: embeddings are read by the row, and low rank is cheap as it is."""
+        module = self._modules.get(parameter.rpartition(".")[0])
+        packed = delta.manifest.tensors[parameter].codec in ("int", "nm24", "nf4")
+        return packed and isinstance(module, DeltaLinear)
+
+    def _operand(self, delta: Delta, parameter: str, merge: bool) -> Encoded:
         """What the layer keeps: packed where the codec is applied packed, else the values."""
         enc = delta.encoded(parameter)
-        if enc.codec in ("raw", "xor") or len(enc.shape) < 2:
+        if merge or enc.codec in ("raw", "xor") or len(enc.shape) < 2:
             values = delta.decode(parameter, self._base_tensor(parameter))
             return replace(enc, codec="raw", params={}, tensors={"values": self._cast(values)})
         if enc.codec in ("lowrank", "rows"):

@@ -68,6 +68,8 @@ class ModelInfo:
     resident_bytes: int = 0
     disk_bytes: int = 0
     vocab_size: int = 0
+    merged: bool = False
+    """Its projections are kept as base + delta, dense: faster, in the memory of a whole model."""
 
 
 @dataclass(frozen=True, slots=True)

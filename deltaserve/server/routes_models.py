@@ -60,6 +60,7 @@ def _card(model: ServedModel, created: int) -> dict[str, Any]:
         "max_model_len": model.max_model_len,
         "digest": info.digest,
         "codecs": list(info.codecs),
+        "merged": info.merged,
         "bytes": {
             "full": info.full_bytes,
             "resident": info.resident_bytes,

@@ -111,6 +111,11 @@ def test_all_codecs_share_one_batch(
         export(base, delta, tmp_path / label)
         deltas[label], checkpoints[label] = delta, tmp_path / label
     check_against_reference(base, deltas, checkpoints)
+    # Some merged with the base, some packed, in one batch.
+    engine = check_against_reference(base, deltas, checkpoints, merge_memory_bytes=600_000)
+    merged = {model.name for model in engine.models() if model.merged}
+    assert set() < merged < set(deltas)
+    assert "xor" not in merged
 
 
 def test_small_steps_and_preemption_change_nothing(
