@@ -55,6 +55,8 @@ class EngineConfig:
     """Tokens in a KV block."""
     kv_cache_memory_bytes: int | None = None
     """Memory of the KV cache; None lets the engine choose."""
+    enable_prefix_caching: bool = True
+    """Requests of one model share what they have in common at the beginning."""
     merge_memory_bytes: int = 0
     """Memory for deltas whose projections are kept dense (base + delta): faster on a CPU."""
 
@@ -158,7 +160,7 @@ def _check_type(name: str, value: Any) -> None:
         return
     kinds = [kind for kind in get_args(wanted) or (wanted,) if kind is not types.NoneType]
     if type(value) not in kinds:  # not isinstance: True is an int to Python, not to people
-        names = {int: "a whole number", str: "text"}
+        names = {int: "a whole number", str: "text", bool: "true or false"}
         raise ConfigError(f"{name} is {value!r}, but must be {names[kinds[0]]}")
 
 

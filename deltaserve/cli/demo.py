@@ -18,7 +18,8 @@ def run(
     folder: Annotated[
         Path | None,
         typer.Option(
-            "--dir", help="Folder for models, deltas and results. [the user's cache folder]"
+            "--dir",
+            help="Folder for models, deltas and results. (default: in the user's cache folder)",
         ),
     ] = None,
     seed: Annotated[

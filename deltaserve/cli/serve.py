@@ -63,6 +63,14 @@ BlockSize = Annotated[
 KvBytes = Annotated[
     int | None, typer.Option(help="Memory of the KV cache. (default: chosen by the engine)")
 ]
+PrefixCaching = Annotated[
+    bool | None,
+    typer.Option(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        help="Share computed beginnings between requests of one model. (default: on)",
+        show_default=False,
+    ),
+]
 MergeBytes = Annotated[
     int | None,
     typer.Option(
@@ -87,6 +95,7 @@ def run(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     block_size: BlockSize = None,
     kv_cache_memory_bytes: KvBytes = None,
+    enable_prefix_caching: PrefixCaching = None,
     merge_memory_bytes: MergeBytes = None,
 ) -> None:
     """Serve a base model and its deltas behind an OpenAI-compatible endpoint."""

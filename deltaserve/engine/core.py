@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.digest import checkpoint_digest
 from deltaserve.config import EngineConfig
 from deltaserve.engine.families import family_of
-from deltaserve.engine.kv import BlockPool
+from deltaserve.engine.kv import BlockPool, Key, root_key
 from deltaserve.engine.memory import plan_kv
 from deltaserve.engine.model import KVCache, load_base, make_delta_aware
 from deltaserve.engine.residency import Residency
@@ -32,17 +33,19 @@ class Counters:
     mixed_steps: int = 0
     max_models_in_step: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     generation_tokens: int = 0
 
-    def count(self, plan: StepPlan, events: list[TokenEvent]) -> None:
+    def count(self, plan: StepPlan, drawing: Iterable[Sequence]) -> None:
+        """Add a committed step; ``drawing``: the sequences that got a token."""
         self.steps += 1
         self.mixed_steps += plan.num_models > 1
         self.max_models_in_step = max(self.max_models_in_step, plan.num_models)
-        self.generation_tokens += len(events)
-        self.prompt_tokens += sum(
-            max(0, min(row.start + row.num_new, row.seq.num_prompt) - row.start)
-            for row in plan.rows
-        )
+        for seq in drawing:
+            self.generation_tokens += 1
+            if seq.num_generated == 1:
+                self.prompt_tokens += seq.num_prompt
+                self.cached_tokens += seq.num_cached or 0
 
 
 class Engine:
@@ -106,7 +109,8 @@ class Engine:
         """Queue a request that passes ``check``."""
         slot, _ = self._model_of(request)
         seed = request.sampling.seed
-        self.scheduler.add(Sequence(request, slot, secrets.randbits(63) if seed is None else seed))
+        seed = secrets.randbits(63) if seed is None else seed
+        self.scheduler.add(Sequence(request, slot, seed, root=self._root_key(request)))
 
     def abort(self, request_id: str) -> TokenEvent | None:
         return self.scheduler.abort(request_id)
@@ -121,7 +125,7 @@ class Engine:
             return []
         sampled = self.runner.execute(plan, self._vocab_sizes())
         events = self.scheduler.commit(plan, sampled)
-        self.counters.count(plan, events)
+        self.counters.count(plan, sampled)
         return events
 
     def stats(self) -> EngineStats:
@@ -135,6 +139,7 @@ class Engine:
             mixed_steps=counters.mixed_steps,
             max_models_in_step=counters.max_models_in_step,
             prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
             generation_tokens=counters.generation_tokens,
             preemptions=self.scheduler.num_preemptions,
         )
@@ -150,6 +155,14 @@ class Engine:
                 param="model",
             )
         return resident.slot, resident.vocab_size
+
+    def _root_key(self, request: EngineRequest) -> Key | None:
+        """Whose computed blocks the request may share: same weights, same salt."""
+        if not self.config.enable_prefix_caching:
+            return None
+        resident = self.residency.residents.get(request.model)
+        digest = resident.delta.manifest.digest if resident else self.residency.base_digest
+        return root_key(digest, request.cache_salt)
 
     def _vocab_sizes(self) -> dict[int, int]:
         sizes = {r.slot: r.vocab_size for r in self.residency.residents.values()}

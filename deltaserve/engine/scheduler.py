@@ -72,13 +72,15 @@ class Scheduler:
         events = []
         for row in plan.rows:
             row.seq.num_computed += row.num_new
+            self._publish(row)
             if row.seq not in sampled:
                 continue
             token = sampled[row.seq]
             reason = row.seq.append(token)
             if reason is not None:
                 self._finish(row.seq)
-            events.append(TokenEvent(row.seq.request.request_id, (token,), reason))
+            name, cached = row.seq.request.request_id, row.seq.num_cached or 0
+            events.append(TokenEvent(name, (token,), reason, num_cached=cached))
         return events
 
     def abort(self, request_id: str) -> TokenEvent | None:
@@ -104,15 +106,39 @@ class Scheduler:
     def _admit(self, rows: list[Row], budget: int) -> None:
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
-            # All known tokens must fit: a half-admitted prompt would be preempted at once.
-            if self.pool.blocks_for(seq.num_tokens) > self.pool.num_free:
+            if not self._take_blocks(seq):
                 return
             self.waiting.popleft()
-            seq.blocks = self.pool.allocate(self.pool.blocks_for(seq.num_tokens))
             self.running.append(seq)
-            num_new = min(seq.num_tokens, budget)
-            rows.append(Row(seq, 0, num_new))
+            num_new = min(seq.num_tokens - seq.num_computed, budget)
+            rows.append(Row(seq, seq.num_computed, num_new))
             budget -= num_new
+
+    def _take_blocks(self, seq: Sequence) -> bool:
+        """Blocks for all known tokens, the computed ones shared; False if they do not fit.
+
+        All must fit: a half-admitted prompt would be preempted at once.
+        """
+        # The last token is always computed: its logits are what the step is for.
+        reusable = (seq.num_tokens - 1) // self.pool.block_size
+        known = self.pool.find(seq.keys_of(reusable, self.pool.block_size))
+        missing = self.pool.blocks_for(seq.num_tokens) - len(known)
+        if missing + self.pool.num_idle(known) > self.pool.num_free:
+            return False
+        self.pool.share(known)
+        seq.blocks = known + self.pool.allocate(missing)
+        seq.num_computed = len(known) * self.pool.block_size
+        if seq.num_cached is None:  # later, after a preemption, it would find its own blocks
+            seq.num_cached = seq.num_computed
+        return True
+
+    def _publish(self, row: Row) -> None:
+        """Make the blocks known that this row has filled."""
+        size = self.pool.block_size
+        num_full = row.seq.num_computed // size
+        keys = row.seq.keys_of(num_full, size)
+        for index in range(row.start // size, len(keys)):
+            self.pool.publish(row.seq.blocks[index], keys[index])
 
     def _make_room(self, seq: Sequence, num_new: int) -> bool:
         """Blocks for the next tokens of ``seq``, if need be from the youngest running ones.

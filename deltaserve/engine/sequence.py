@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from deltaserve.engine.kv import Key, next_key
 from deltaserve.engine.types import EngineRequest, FinishReason
 
 
@@ -12,6 +13,9 @@ class Sequence:
     """``num_computed`` chases ``num_tokens``: prefill, decode and recomputation are one thing.
 
     slot: which delta applies (0 is the base). blocks: KV blocks, in order of position.
+    root: start of the chain of keys of its full blocks; None keeps them to itself. keys: as
+    many of them as were needed so far. num_cached: prompt tokens that were found computed
+    when the sequence was first admitted.
     """
 
     request: EngineRequest
@@ -20,6 +24,9 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    root: Key | None = None
+    keys: list[Key] = field(default_factory=list)
+    num_cached: int | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
@@ -35,6 +42,16 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return self.num_tokens - self.num_prompt
+
+    def keys_of(self, count: int, block_size: int) -> list[Key]:
+        """Keys of the first ``count`` blocks, which are full of known tokens."""
+        if self.root is None:
+            return []
+        while len(self.keys) < count:
+            start = len(self.keys) * block_size
+            parent = self.keys[-1] if self.keys else self.root
+            self.keys.append(next_key(parent, self.token_ids[start : start + block_size]))
+        return self.keys[:count]
 
     def append(self, token_id: int) -> FinishReason | None:
         """Add a generated token; the reason why the sequence ends with it, if it does."""

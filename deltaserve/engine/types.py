@@ -34,25 +34,31 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One sequence to continue. ``model`` is a delta's name, or the base's."""
+    """One sequence to continue. ``model`` is a delta's name, or the base's.
+
+    Requests share computed prefixes only with those of the same model and ``cache_salt``.
+    """
 
     request_id: str
     model: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """New tokens of one request; the last event carries ``finish_reason``.
 
-    A stop token that ended the request is included in ``token_ids``.
+    A stop token that ended the request is included in ``token_ids``. ``num_cached``: how many
+    tokens of the prompt did not have to be computed.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     error: str | None = None
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,5 +91,7 @@ class EngineStats:
     """Steps whose batch held rows of more than one model."""
     max_models_in_step: int
     prompt_tokens: int
+    """Of admitted requests; ``cached_tokens`` of them did not have to be computed."""
+    cached_tokens: int
     generation_tokens: int
     preemptions: int

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from deltaserve.engine.client import EngineClient
 from deltaserve.engine.types import EngineRequest, FinishReason, SamplingParams, TokenEvent
@@ -31,6 +31,7 @@ class Choice:
     index: int
     request: EngineRequest
     text: TextStream
+    num_cached: int = 0
 
 
 class Generation:
@@ -42,6 +43,7 @@ class Generation:
     ) -> None:  # fmt: skip
         """``requests``: one for each prompt; ``n`` choices are made of each."""
         self._client = client
+        self._n = n
         self._choices = [
             Choice(
                 index, _variant(requests[index // n], index, index % n), TextStream(decoder, stops)
@@ -74,12 +76,15 @@ class Generation:
         while self._open:
             self._client.abort(self._open.pop())
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         completion = sum(choice.text.num_tokens for choice in self._choices)
+        # A prompt counts once, however many choices are made of it.
+        cached = sum(choice.num_cached for choice in self._choices[:: self._n])
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
     async def _follow(self, choice: Choice) -> AsyncIterator[Piece]:
@@ -87,6 +92,7 @@ class Generation:
         async for event in self._client.stream(request_id):
             if event.finish_reason is not None:
                 self._open.discard(request_id)
+            choice.num_cached = max(choice.num_cached, event.num_cached)
             if event.finish_reason is FinishReason.ERROR:
                 reason = event.error or "the engine failed on this request"
                 raise GenerationError(reason) if self._client.alive() else EngineDeadError(reason)

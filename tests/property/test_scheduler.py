@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaserve.engine.kv import BlockPool
+from deltaserve.engine.kv import BlockPool, root_key
 from deltaserve.engine.scheduler import Scheduler, StepPlan
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.types import EngineRequest, FinishReason, SamplingParams
@@ -24,7 +24,8 @@ arrival = st.tuples(
 def make_sequence(number: int, num_prompt: int, max_tokens: int, slot: int) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset({STOP_TOKEN}))
     request = EngineRequest(f"r{number}", f"m{slot}", tuple(range(10, 10 + num_prompt)), params)
-    return Sequence(request, slot, seed=0)
+    # Few different prompts: beginnings are often shared, within a slot only.
+    return Sequence(request, slot, seed=0, root=root_key(f"delta{slot}", ""))
 
 
 def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
@@ -33,8 +34,12 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     assert len(scheduler.running) <= scheduler.max_num_seqs
     assert not set(scheduler.running) & set(scheduler.waiting)
     assert [r.seq.slot for r in plan.rows] == sorted(r.seq.slot for r in plan.rows)
-    held = [block for seq in scheduler.running for block in seq.blocks]
-    assert len(held) == len(set(held)) == pool.num_used
+    pool.check([block for seq in scheduler.running for block in seq.blocks])
+    users: dict[int, int] = {}
+    for seq in scheduler.running:
+        assert len(set(seq.blocks)) == len(seq.blocks)
+        for block in seq.blocks:
+            assert users.setdefault(block, seq.slot) == seq.slot
     assert not any(seq.blocks for seq in scheduler.waiting)
     for row in plan.rows:
         assert row.seq in scheduler.running
@@ -42,6 +47,9 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
         assert row.start == row.seq.num_computed
         assert row.start + row.num_new <= row.seq.num_tokens
         assert len(row.seq.blocks) * pool.block_size >= row.start + row.num_new
+        written = row.seq.blocks[row.start // pool.block_size :]
+        others = [b for seq in scheduler.running if seq is not row.seq for b in seq.blocks]
+        assert not set(written) & set(others), "a shared block would be written"
 
 
 @settings(max_examples=150, deadline=None)
