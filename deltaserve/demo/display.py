@@ -21,13 +21,13 @@ class Display:
         self._started: dict[str, float] = {}
 
     def report(self, step: str, done: float) -> None:
-        """`done`: the share of `step` that is done, 0 to 1."""
+        """`done`: the share of `step` that is done, 0 to 1; 1 may be said twice."""
         if step not in self._tasks:
             self._tasks[step] = self._bars.add_task(step, total=1.0)
             self._started[step] = time.monotonic()
         self._bars.update(self._tasks[step], completed=done)
-        if done >= 1.0 and self._bars.disable:
-            seconds = time.monotonic() - self._started[step]
+        if done >= 1.0 and self._bars.disable and step in self._started:
+            seconds = time.monotonic() - self._started.pop(step)
             print(f"{step}: {seconds:.1f} s", file=sys.stderr, flush=True)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
@@ -87,12 +89,17 @@ def questions_for(family: Family) -> list[Question]:
 def ask(url: str, questions: Sequence[Question], report: Callable[[float], None]) -> Session:
     """Ask the server at `url`, `IN_FLIGHT` questions at a time; `report` gets the share done.
 
+    To be called in the main thread.  SIGTERM ends it with KeyboardInterrupt, as Ctrl-C does.
+
     Raises:
         openai.OpenAIError, httpx.HTTPError: a request failed.
     """
     before = _counters(url)
     start = time.perf_counter()
-    answers = asyncio.run(_ask(url, questions, report))
+    try:
+        answers = asyncio.run(_ask(url, questions, report))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
     seconds = time.perf_counter() - start
     after = _counters(url)
     work = EngineWork(
@@ -116,8 +123,21 @@ async def _ask(
         workers = (
             _worker(client, waiting, answers, len(questions), report) for _ in range(IN_FLIGHT)
         )
-        await asyncio.gather(*workers)
+        with _cancelled_by_sigterm():
+            await asyncio.gather(*workers)
     return answers
+
+
+@contextmanager
+def _cancelled_by_sigterm() -> Iterator[None]:
+    """An exception out of a signal handler would leave the other tasks' tracebacks on stderr."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    before = signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 async def _worker(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 
@@ -79,10 +80,8 @@ def shell_command(words: Sequence[str]) -> str:
 
 def curl_command(url: str, model: str, prompt: str) -> str:
     """A chat request that answers `prompt`."""
-    body = (
-        f'{{"model": "{model}", "temperature": 0, "max_tokens": 32,'
-        f' "messages": [{{"role": "user", "content": "{prompt}"}}]}}'
-    )
+    messages = [{"role": "user", "content": prompt}]
+    body = json.dumps({"model": model, "temperature": 0, "max_tokens": 32, "messages": messages})
     return (
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f"    -d {shlex.quote(body)}"

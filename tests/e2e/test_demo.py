@@ -97,8 +97,7 @@ def test_ctrl_c_ends_the_server_too(demo: subprocess.Popen[str], printed: str) -
     demo.send_signal(signal.SIGINT)
 
     out, err = demo.communicate(timeout=30)
-    assert (demo.returncode, err.splitlines()[-1:]) != (130, ["deltaserve: interrupted"])
-    assert demo.returncode == 0
+    assert demo.returncode == 0, err
     assert "deltaserve serve" in out
     assert not is_alive(server)
     with pytest.raises(httpx.ConnectError):
