@@ -1,0 +1,89 @@
+"""The models of the comparison with other servers: one base and its fine-tunes.
+
+Random weights: only time is measured. About 30 M parameters in bf16, and no end-of-sequence
+token, so that every answer has the length that was asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from deltaserve.compress.run import compress
+
+VOCAB = 8192
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+@dataclass(frozen=True)
+class PeerModels:
+    """base and full checkpoints of the fine-tunes, and the same fine-tunes as deltas."""
+
+    base: Path
+    tunes: tuple[Path, ...]
+    deltas: tuple[Path, ...]
+
+
+def build(root: Path, count: int) -> PeerModels:
+    """Make what is missing below ``root``."""
+    base = root / "base"
+    if not (base / "tokenizer.json").is_file():
+        _save_base(base)
+    tunes = tuple(root / f"tune{i}" for i in range(count))
+    deltas = tuple(root / f"tune{i}.delta" for i in range(count))
+    for seed, (tune, delta) in enumerate(zip(tunes, deltas, strict=True)):
+        if not (tune / "tokenizer.json").is_file():
+            _save_tune(base, tune, seed)
+        if not delta.is_dir():
+            compress(base, tune, delta)
+    return PeerModels(base, tunes, deltas)
+
+
+def prompt(index: int, num_words: int = 64) -> str:
+    """A text of ``num_words`` tokens, different for each index."""
+    return " ".join(f"w{(index * 997 + i * 31) % VOCAB}" for i in range(num_words))
+
+
+def _save_base(path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(path)
+    _tokenizer().save_pretrained(path)
+
+
+def _save_tune(base: Path, path: Path, seed: int) -> None:
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.002)
+    model.save_pretrained(path)
+    _tokenizer().save_pretrained(path)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", unk_token="w0")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
