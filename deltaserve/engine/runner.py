@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from deltaserve.engine.logits import adjust
 from deltaserve.engine.model import KVCache
 from deltaserve.engine.routing import Routing, StepContext, segments
 from deltaserve.engine.scheduler import StepPlan
@@ -53,6 +54,7 @@ class Runner:
         if not drawing:
             return {}
         _mask_foreign_tokens(logits_SV, [vocab_sizes[seq.slot] for seq in drawing])
+        adjust(logits_SV, drawing)
         tokens = self._sample(logits_SV, drawing)
         return dict(zip(drawing, tokens, strict=True))
 

@@ -17,7 +17,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to pick the next token. temperature 0 is greedy; top_k 0 and top_p 1 switch off.
+    """How to pick the next token. temperature 0 is greedy; the defaults of the rest switch it off.
 
     ``seed`` makes the draws repeatable whatever shares the batch. Generation ends with
     any of ``stop_token_ids`` (the model's end-of-sequence tokens included by the caller)
@@ -30,6 +30,15 @@ class SamplingParams:
     top_k: int = 0
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    """Until so many are generated, no stop token can be drawn."""
+    min_p: float = 0.0
+    """Tokens must be at least so likely, relative to the likeliest."""
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit)."""
 
 
 @dataclass(frozen=True, slots=True)

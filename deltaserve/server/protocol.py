@@ -24,6 +24,11 @@ from deltaserve.errors import RequestError
 INT64_MAX = 2**63 - 1
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
+MAX_STOP_IDS = 128
+MAX_BIASES = 1024
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 # Values without effect, besides null. A field that is neither here nor in a model is unknown.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -38,40 +43,32 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),  # there are no functions to call
     "functions": ([],),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "ignore_eos": (False,),
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "logits_processors": ([],),
     "logprobs": (False,),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "moderation": (),
     "mm_processor_kwargs": (),
     "parallel_tool_calls": (True, False),  # there are no tools
     "prediction": (),
-    "presence_penalty": (0,),
     "priority": (0,),
     "prompt_cache_retention": (),
     "prompt_logprobs": (),
     "reasoning_effort": ("none",),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "stop_token_ids": ([],),
     "store": (False,),
     "structured_outputs": (),
     "suffix": ("",),
@@ -147,6 +144,15 @@ class GenerationRequest(Strict):
         | None,
         _one_of(f"a text or up to {MAX_STOPS} texts, each of 1 to {MAX_STOP_LENGTH} characters"),
     ] = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
+    """Token id, as text, to what is added to its logit."""
     # For the operator's records; they have no effect on answers.
     user: str | None = None
     safety_identifier: str | None = None

@@ -165,11 +165,36 @@ def check_choices(num_prompts: int, n: int | None) -> None:
 
 def _sampling(body: GenerationRequest, model: ServedModel, max_tokens: int) -> SamplingParams:
     temperature = 1.0 if body.temperature is None else body.temperature
+    if (body.min_tokens or 0) > max_tokens:
+        raise RequestError(
+            f"min_tokens is {body.min_tokens}, but at most {max_tokens} may be generated",
+            param="min_tokens",
+        )
+    ends = frozenset() if body.ignore_eos else model.tokenizer.eos_ids
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(body.top_k or 0, 0),
         seed=body.seed,
-        stop_token_ids=model.tokenizer.eos_ids,
+        stop_token_ids=ends | frozenset(body.stop_token_ids or ()),
+        min_tokens=body.min_tokens or 0,
+        min_p=body.min_p or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        logit_bias=_logit_bias(body.logit_bias or {}, model),
     )
+
+
+def _logit_bias(biases: Mapping[str, float], model: ServedModel) -> tuple[tuple[int, float], ...]:
+    """Raises RequestError for what is no token of the model."""
+    size = model.info.vocab_size
+    for key in biases:
+        # isdecimal alone would let other scripts' digits, and thousands of them, through.
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < size):
+            raise RequestError(
+                f"logit_bias: {key[:32]!r} is not a token id from 0 to {size - 1}",
+                param="logit_bias",
+            )
+    return tuple((int(key), value) for key, value in biases.items())

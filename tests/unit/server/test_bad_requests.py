@@ -62,17 +62,33 @@ def test_numbers_that_are_none(http, field, number):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("frequency_penalty", 0.5), ("presence_penalty", -1), ("logprobs", 0), ("logprobs", 5),
-        ("logprobs", True), ("best_of", 2), ("echo", True), ("suffix", "x"), ("min_p", 0.1),
-        ("logit_bias", {"5": 1}), ("stop_token_ids", [5]), ("ignore_eos", True),
+        ("logprobs", 0), ("logprobs", 5), ("bad_words", ["x"]), ("length_penalty", 2),
+        ("logprobs", True), ("best_of", 2), ("echo", True), ("suffix", "x"),
         ("guided_regex", "a*"), ("response_format", {"type": "json_object"}),
-        ("frequency_penalty", float("nan")), ("store", True), ("store", 0),
+        ("store", True), ("store", 0),
         ("invented", 1), ("invented", None), ("Temperature", 0),
     ],
 )  # fmt: skip
 def test_fields_that_are_not_supported_are_refused_by_name(http, engine, field, value):
     body = json.dumps(COMPLETION | {field: value})
     assert field in refused(post_raw(http, COMPLETIONS, body), param=field)
+    assert engine.submitted == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("frequency_penalty", float("nan")), ("frequency_penalty", 2.5), ("presence_penalty", -3),
+        ("repetition_penalty", 0), ("repetition_penalty", 11), ("min_p", 1.5), ("min_p", -0.1),
+        ("min_tokens", -1), ("min_tokens", 1000), ("ignore_eos", "yes"),
+        ("stop_token_ids", 5), ("stop_token_ids", [-1]), ("stop_token_ids", [0] * 129),
+        ("logit_bias", {"x": 1}), ("logit_bias", {"99999999": 1}), ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"\u0665": 1}), ("logit_bias", {"5": 101}), ("logit_bias", [1]),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(http, engine, field, value):
+    body = json.dumps(COMPLETION | {field: value})
+    assert field in refused(post_raw(http, COMPLETIONS, body))
     assert engine.submitted == []
 
 

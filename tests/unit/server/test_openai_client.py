@@ -71,6 +71,27 @@ def test_sampling_values_reach_the_engine(client, engine):
     assert (second.temperature, second.top_k) == (0.0, 0)
 
 
+def test_what_is_asked_of_the_logits_reaches_the_engine(client, engine):
+    client.completions.create(
+        model="base", prompt="a", max_tokens=7, frequency_penalty=0.5, presence_penalty=-1,
+        logit_bias={"5": -100, "7": 2.5},
+        extra_body={"repetition_penalty": 1.2, "min_p": 0.1, "min_tokens": 3,
+                    "stop_token_ids": [4, 9]},
+    )  # fmt: skip
+    sampling = engine.submitted[0].sampling
+    assert (sampling.frequency_penalty, sampling.presence_penalty) == (0.5, -1.0)
+    assert (sampling.repetition_penalty, sampling.min_p, sampling.min_tokens) == (1.2, 0.1, 3)
+    assert dict(sampling.logit_bias) == {5: -100.0, 7: 2.5}
+    assert sampling.stop_token_ids == {1, 4, 9}
+
+
+def test_ends_of_the_model_can_be_ignored(client, engine):
+    client.completions.create(
+        model="base", prompt="a", extra_body={"ignore_eos": True, "stop_token_ids": [4]}
+    )
+    assert engine.submitted[0].sampling.stop_token_ids == {4}
+
+
 @pytest.mark.parametrize("model", ["base", "chatty"])
 def test_end_tokens_are_the_models_own(client, engine, model):
     client.completions.create(model=model, prompt="a")
