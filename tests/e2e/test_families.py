@@ -70,11 +70,11 @@ LOSSY = {
 }
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-tied", "gemma3"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def family_with_tunes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[Path]]:
-    """Untied, tied with biases, and per-head norms with scaled embeddings; one tune has grown."""
+    """Three fine-tunes of each family, one of them with added tokens."""
     root = tmp_path_factory.mktemp(request.param)
     base = make_base(request.param, root / "base")
     tunes = [
