@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 from deltaserve.artifact.checkpoint import HEAD, Checkpoint, locate
-from deltaserve.artifact.codecs import get_codec
-from deltaserve.artifact.codecs.base import Encoded, aligned, is_finite
-from deltaserve.artifact.codecs.rows import RowsCodec
 from deltaserve.artifact.digest import checkpoint_digest
 from deltaserve.artifact.files import copy_changed
 from deltaserve.artifact.manifest import BaseRef, ClassBytes, Manifest, SourceRef
 from deltaserve.artifact.safetensors_io import MAX_SHARD_BYTES
 from deltaserve.artifact.staging import require_free, write_text
 from deltaserve.artifact.writer import DeltaWriter
+from deltaserve.compress.calibrate import calibrated_changes, calibration_text
 from deltaserve.compress.card import model_card
+from deltaserve.compress.change import Change, base_head, compare
 from deltaserve.compress.classify import classify
 from deltaserve.compress.common import PathLike, Progress, silent
 from deltaserve.compress.compat import check_compatible
-from deltaserve.compress.errors import relative_error
 from deltaserve.compress.lora import Adapter
 from deltaserve.compress.plan import Plan, make_plan
-from deltaserve.errors import CheckpointError, CodecError, ConfigError
+from deltaserve.compress.text import Text
+from deltaserve.compress.textsource import TextOptions
+from deltaserve.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class Change:
-    """One parameter on its way into the delta; enc None: it did not change."""
-
-    name: str
-    kind: str
-    enc: Encoded | None
-    error: float
-    full_bytes: int
+# A finished delta before anyone can see it: returns its manifest, perhaps with a report.
+Check = Callable[[Path, Manifest], Manifest]
 
 
 def compress(
@@ -46,17 +35,24 @@ def compress(
     plan: Plan | None = None,
     progress: Progress = silent,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    calibration: TextOptions | Text | None = None,
+    device: str = "cpu",
+    check: Check | None = None,
 ) -> Manifest:
     """Write ``model - base`` to the new directory ``out`` and return its manifest.
 
     base, model: local directories or hub ids; model may be a PEFT LoRA adapter, which is
-    kept exactly and takes no plan. Memory: a few times the largest tensor. Nothing is
-    left at ``out`` unless all went well. Raises CheckpointError, CompatibilityError,
+    kept exactly and takes no plan. calibration: text that the fine-tune reads on
+    ``device``, so that projections are quantised for what they do to it. Memory: a few
+    times the largest tensor; with calibration also a decoder layer and the activations.
+    check: sees the result before it appears; what it raises ends the run.
+    Nothing is left at ``out`` unless all went well. Raises CheckpointError, CompatibilityError,
     CodecError, ConfigError, OutputExistsError.
     """
     require_free(Path(out))
     origin = Checkpoint.open(base)
     path, name = locate(model)
+    text: Text | None = None
     if Adapter.is_adapter(path):
         if plan is not None:
             raise ConfigError(
@@ -66,13 +62,27 @@ def compress(
         source = adapter = Adapter.open(path, name)
         changes = _adapter_changes(origin, adapter)
     else:
-        source = Checkpoint.open(model)
-        changes = _model_changes(origin, source, plan or make_plan())
+        source = tuned = Checkpoint.open(model)
+        plan = plan or make_plan()
+        names = check_compatible(origin, tuned)
+        plan.check_rules(names)
+        if calibration is None:
+            changes = (compare(name, origin, tuned, plan) for name in names)
+        else:
+            text = (
+                calibration
+                if isinstance(calibration, Text)
+                else calibration_text(origin, tuned, calibration, device)
+            )
+            changes = calibrated_changes(names, origin, tuned, plan, text, device)
     with DeltaWriter(out, max_shard_bytes=max_shard_bytes) as writer:
         full = _store(writer, changes, source, progress)
         if isinstance(source, Adapter):
             full = [(classify(n, origin.shape(n)), _size(origin, n)) for n in origin.names()]
-        manifest = _finish(writer, origin, source, ClassBytes.of(full), progress)
+        manifest = _finish(writer, origin, source, ClassBytes.of(full), text, progress)
+        if check is not None:
+            manifest = check(writer.directory, manifest)
+        write_text(writer.directory / "README.md", model_card(manifest))
         writer.commit()
     return manifest
 
@@ -96,6 +106,7 @@ def _finish(
     base: Checkpoint,
     source: Checkpoint | Adapter,
     full: ClassBytes,
+    text: Text | None,
     report: Progress,
 ) -> Manifest:
     kind = "lora" if isinstance(source, Adapter) else "full"
@@ -107,66 +118,19 @@ def _finish(
         source=SourceRef(source.name, digest, kind),
         architecture=base.architecture,
         full=full,
+        calibration=None if text is None else text.ref(),
     )
-    write_text(writer.directory / "README.md", model_card(manifest))
     return manifest
-
-
-def _model_changes(base: Checkpoint, model: Checkpoint, plan: Plan) -> Iterator[Change]:
-    names = check_compatible(base, model)
-    plan.check_rules(names)
-    return (_compare(name, base, model, plan) for name in names)
-
-
-def _compare(name: str, base: Checkpoint, model: Checkpoint, plan: Plan) -> Change:
-    tensor, reference = model.tensor(name), base.tensor(name)
-    for checkpoint, values in ((base, reference), (model, tensor)):
-        if not is_finite(values):
-            raise CheckpointError(
-                f"{checkpoint.file(name)}: {name} holds NaN or infinite values; "
-                "the model is damaged, use a sound checkpoint"
-            )
-    kind = classify(name, tuple(tensor.shape))
-    # A head tied to the embedding is not stored by the fine-tune itself.
-    full = 0 if name == HEAD and model.tied else tensor.numel() * tensor.element_size()
-    if same(tensor, reference):
-        if name == HEAD and base.tied:
-            return Change(name, kind, _base_head(reference), 0.0, full)
-        return Change(name, kind, None, 0.0, full)
-    choice = plan.choose(name, kind, tensor, reference)
-    try:
-        enc = get_codec(choice.codec).encode(tensor, reference, **choice.params)
-    except CodecError as cause:
-        raise CodecError(f"{name}: {cause}") from None
-    return Change(name, kind, enc, relative_error(enc, tensor, reference), full)
 
 
 def _adapter_changes(base: Checkpoint, adapter: Adapter) -> Iterator[Change]:
     targets = adapter.targets(base)
     if adapter.keeps_base_head(base, targets):
-        yield Change(HEAD, "head", _base_head(base.tensor(HEAD)), 0.0, 0)
+        yield Change(HEAD, "head", base_head(base.tensor(HEAD)), 0.0, 0)
     for target in targets:
         enc = adapter.encode(target, base)
         stored = sum(t.numel() * t.element_size() for t in enc.tensors.values())
         yield Change(target.parameter, classify(target.parameter, enc.shape), enc, 0.0, stored)
-
-
-def _base_head(head: torch.Tensor) -> Encoded:
-    """An entry without rows: says that the head is the base's although the embedding changed."""
-    return RowsCodec().encode(head, head)
-
-
-def same(tensor: torch.Tensor, base: torch.Tensor) -> bool:
-    """Equal shape and bits; across dtypes, equal bits once both are converted exactly."""
-    if tensor.shape != base.shape:
-        return False
-    if tensor.dtype != base.dtype:
-        common = torch.promote_types(tensor.dtype, base.dtype)
-        tensor, base = tensor.to(common), aligned(base, tuple(base.shape), common)
-    if tensor.numel() == 0:
-        return True
-    bits = (t.contiguous().reshape(-1).view(torch.uint8) for t in (tensor, base))
-    return torch.equal(*bits)
 
 
 def _size(checkpoint: Checkpoint, name: str) -> int:

@@ -11,12 +11,14 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from deltaserve.artifact.codecs import CODECS
 from deltaserve.artifact.codecs.base import FLOATS, Layout, dtype_name
+from deltaserve.artifact.fields import count_at, digest_at, error_at, object_at, shape_at, text_at
+from deltaserve.artifact.quality import Quality, TextRef
 from deltaserve.artifact.safetensors_io import TO_CODE
 from deltaserve.errors import ArtifactError, CodecError
 
@@ -24,11 +26,8 @@ FORMAT = "deltaserve/1"
 MANIFEST = "delta.json"
 KINDS = ("linear", "embedding", "head", "norm", "bias", "other")
 DTYPES = {dtype_name(dtype): dtype for dtype in TO_CODE}
-# No tensor of any model comes near; a hostile shape must not reach an allocation.
-MAX_ELEMENTS = 1 << 40
-MAX_DIMS = 8
-
-T = TypeVar("T")
+# Not part of the identity: the digest itself, and what was measured later on the same weights.
+OUTSIDE_DIGEST = ("digest", "quality")
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of ``delta.json``. tensors: parameter name -> entry; absent = same as base."""
+    """The whole of ``delta.json``. tensors: parameter name -> entry; absent = same as base.
+
+    calibration: the text that quantisation was fitted to.
+    quality: the last verify report. It is an observation about the weights, may be made
+    anew at any time, and is therefore outside the digest; it names the digest it is about.
+    """
 
     base: BaseRef
     source: SourceRef
@@ -131,11 +135,13 @@ class Manifest:
     sizes: Sizes
     digest: str
     format: str = FORMAT
+    calibration: TextRef | None = None
+    quality: Quality | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able object; keys in the order of the fields, tensors by name."""
         entries = {name: asdict(self.tensors[name]) for name in sorted(self.tensors)}
-        return {
+        value = {
             "format": self.format,
             "base": asdict(self.base),
             "source": asdict(self.source),
@@ -144,35 +150,42 @@ class Manifest:
             "sizes": asdict(self.sizes),
             "digest": self.digest,
         }
+        if self.calibration is not None:
+            value["calibration"] = asdict(self.calibration)
+        if self.quality is not None:
+            value["quality"] = self.quality.to_json()
+        return value
 
     @classmethod
     def from_json(cls, value: object) -> Manifest:
         """Check and convert; raises ArtifactError naming the first wrong field."""
-        top = _object(value, "the manifest")
+        top = object_at(value, "the manifest")
         if top.get("format") != FORMAT:
             raise ArtifactError(
                 f"delta.json: format is {top.get('format')!r}, this version reads {FORMAT!r}; "
                 "update deltaserve or compress the fine-tune again"
             )
-        tensors = _object(top.get("tensors"), "tensors")
+        tensors = object_at(top.get("tensors"), "tensors")
         source = _source(top.get("source"))
         return cls(
             base=_base(top.get("base")),
             source=source,
-            architecture=_text(top, "architecture", ""),
+            architecture=text_at(top, "architecture", ""),
             tensors={name: _entry(name, entry) for name, entry in tensors.items()},
             sizes=_sizes(top.get("sizes")),
-            digest=_digest(top, "digest", ""),
+            digest=digest_at(top, "digest", ""),
+            calibration=_calibration(top),
+            quality=_quality(top),
         )
 
 
 def artifact_digest(manifest: dict[str, Any], part_lines: Iterable[str]) -> str:
-    """Identity of a delta: its manifest without ``digest``, and all stored parts.
+    """Identity of a delta: its manifest without OUTSIDE_DIGEST, and all stored parts.
 
     The manifest is hashed as canonical JSON (sorted keys, no spaces); part_lines come
     from ``digest.tensor_line``.
     """
-    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    rest = {key: value for key, value in manifest.items() if key not in OUTSIDE_DIGEST}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     lines = "".join(sorted(part_lines))
     return "sha256:" + hashlib.sha256(f"{text}\n{lines}".encode()).hexdigest()
@@ -183,38 +196,56 @@ def _ratio(full: int, part: int) -> float:
 
 
 def _base(value: object) -> BaseRef:
-    base = _object(value, "base")
+    base = object_at(value, "base")
     revision = base.get("revision")
     if revision is not None:
-        revision = _text(base, "revision", "base.")
-    return BaseRef(_text(base, "name", "base."), revision, _digest(base, "digest", "base."))
+        revision = text_at(base, "revision", "base.")
+    return BaseRef(text_at(base, "name", "base."), revision, digest_at(base, "digest", "base."))
 
 
 def _source(value: object) -> SourceRef:
-    source = _object(value, "source")
-    kind = _text(source, "kind", "source.")
+    source = object_at(value, "source")
+    kind = text_at(source, "kind", "source.")
     if kind not in ("full", "lora"):
         raise ArtifactError(f"delta.json: source.kind must be full or lora, not {kind!r}")
-    return SourceRef(_text(source, "name", "source."), _digest(source, "digest", "source."), kind)
+    return SourceRef(
+        text_at(source, "name", "source."), digest_at(source, "digest", "source."), kind
+    )
+
+
+def _calibration(top: dict[str, Any]) -> TextRef | None:
+    return TextRef.from_json(top["calibration"], "calibration") if "calibration" in top else None
+
+
+def _quality(top: dict[str, Any]) -> Quality | None:
+    if "quality" not in top:
+        return None
+    quality = Quality.from_json(top["quality"])
+    if quality.delta != top["digest"]:
+        raise ArtifactError(
+            f"delta.json: quality was measured on the delta {quality.delta}, this one is "
+            f"{top['digest']}; remove quality and run deltaserve verify again"
+        )
+    return quality
 
 
 def _entry(name: str, value: object) -> TensorEntry:
     where = f"tensors[{name!r}]."
-    entry = _object(value, where[:-1])
+    entry = object_at(value, where[:-1])
     for key, known in (("codec", CODECS), ("dtype", DTYPES), ("kind", KINDS)):
-        if _text(entry, key, where) not in known:
+        if text_at(entry, key, where) not in known:
             raise ArtifactError(
                 f"delta.json: {where}{key} is {entry[key]!r}; known are {', '.join(known)}"
             )
     result = TensorEntry(
         codec=entry["codec"],
-        params=_object(entry.get("params"), f"{where}params"),
-        shape=_shape(entry.get("shape"), f"{where}shape"),
+        params=object_at(entry.get("params"), f"{where}params"),
+        shape=shape_at(entry.get("shape"), f"{where}shape"),
         dtype=entry["dtype"],
         kind=entry["kind"],
-        bytes=_count(entry, "bytes", where),
-        resident_bytes=_count(entry, "resident_bytes", where),
-        error=_error(entry.get("error"), f"{where}error"),
+        bytes=count_at(entry, "bytes", where),
+        resident_bytes=count_at(entry, "resident_bytes", where),
+        error=error_at(entry.get("error"), f"{where}error"),
     )
     try:
         layout = result.layout()
@@ -229,56 +260,12 @@ def _entry(name: str, value: object) -> TensorEntry:
 
 
 def _sizes(value: object) -> Sizes:
-    sizes = _object(value, "sizes")
+    sizes = object_at(value, "sizes")
     parts = {}
     for part in fields(Sizes):
-        counts = _object(sizes.get(part.name), f"sizes.{part.name}")
+        counts = object_at(sizes.get(part.name), f"sizes.{part.name}")
         where = f"sizes.{part.name}."
         parts[part.name] = ClassBytes(
-            **{f.name: _count(counts, f.name, where) for f in fields(ClassBytes)}
+            **{f.name: count_at(counts, f.name, where) for f in fields(ClassBytes)}
         )
     return Sizes(**parts)
-
-
-def _object(value: object, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ArtifactError(f"delta.json: {where} is missing or not an object")
-    return value
-
-
-def _text(holder: dict[str, Any], key: str, where: str) -> str:
-    value = holder.get(key)
-    if not isinstance(value, str) or not value:
-        raise ArtifactError(f"delta.json: {where}{key} is missing or not a text")
-    return value
-
-
-def _digest(holder: dict[str, Any], key: str, where: str) -> str:
-    value = _text(holder, key, where)
-    hexes = value.removeprefix("sha256:")
-    if hexes == value or len(hexes) != 64 or set(hexes) - set("0123456789abcdef"):
-        raise ArtifactError(f"delta.json: {where}{key} is not a sha256 digest: {value[:80]!r}")
-    return value
-
-
-def _count(holder: dict[str, Any], key: str, where: str) -> int:
-    value = holder.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ArtifactError(f"delta.json: {where}{key} is not a number of bytes: {value!r}")
-    return value
-
-
-def _shape(value: object, where: str) -> tuple[int, ...]:
-    sane = isinstance(value, list) and len(value) <= MAX_DIMS
-    if not sane or not all(type(n) is int and 0 <= n <= MAX_ELEMENTS for n in value):  # type: ignore[attr-defined]
-        raise ArtifactError(f"delta.json: {where} is not a shape: {str(value)[:80]}")
-    assert isinstance(value, list)
-    if math.prod(value) > MAX_ELEMENTS:
-        raise ArtifactError(f"delta.json: {where} is too large: {value}")
-    return tuple(value)
-
-
-def _error(value: object, where: str) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
-        raise ArtifactError(f"delta.json: {where} is not an error: {value!r}")
-    return float(value)

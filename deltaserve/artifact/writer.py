@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +21,7 @@ from deltaserve.artifact.manifest import (
     TensorEntry,
     artifact_digest,
 )
+from deltaserve.artifact.quality import Quality, TextRef
 from deltaserve.artifact.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
 from deltaserve.artifact.staging import StagedDirectory, write_text
 
@@ -81,7 +83,13 @@ class DeltaWriter:
         return entry
 
     def finish(
-        self, *, base: BaseRef, source: SourceRef, architecture: str, full: ClassBytes
+        self,
+        *,
+        base: BaseRef,
+        source: SourceRef,
+        architecture: str,
+        full: ClassBytes,
+        calibration: TextRef | None = None,
     ) -> Manifest:
         """Complete files and manifest; the artifact is still invisible until ``commit``."""
         written = self._files.finish()
@@ -92,9 +100,10 @@ class DeltaWriter:
             resident=ClassBytes.of((e.kind, e.resident_bytes) for e in entries),
             disk=ClassBytes.of(disk),
         )
-        draft = Manifest(base, source, architecture, self._entries, sizes, digest="")
-        digest = artifact_digest(draft.to_json(), self._lines)
-        manifest = Manifest(base, source, architecture, self._entries, sizes, digest)
+        draft = Manifest(
+            base, source, architecture, self._entries, sizes, "", calibration=calibration
+        )
+        manifest = replace(draft, digest=artifact_digest(draft.to_json(), self._lines))
         text = json.dumps(manifest.to_json(), indent=1) + "\n"
         write_text(self.directory / MANIFEST, text)
         return manifest
@@ -102,3 +111,12 @@ class DeltaWriter:
     def commit(self) -> None:
         """Rename the directory to its final name."""
         self._staged.commit()
+
+
+def record_quality(directory: Path, manifest: Manifest, quality: Quality) -> Manifest:
+    """Put a report into the delta's manifest, in place of an older one; the digest stays."""
+    reported = replace(manifest, quality=quality)
+    partial = directory / f".{MANIFEST}.partial"
+    write_text(partial, json.dumps(reported.to_json(), indent=1) + "\n")
+    partial.replace(directory / MANIFEST)
+    return reported

@@ -20,6 +20,8 @@ SUMMARY = "Serve many fine-tunes of one base model together, each as a small com
 COMMANDS = {
     "demo": "Train a small family of models, compress, serve and check them: start here.",
     "compress": "Compress a fine-tune (or a PEFT LoRA adapter) of a base model into a delta.",
+    "verify": "Compare base + delta with the fine-tune: divergence, agreement, perplexity.",
+    "diff": "Show what a fine-tune changed: unchanged values, norms, effective ranks.",
     "inspect": "Show what a delta holds: sizes, codecs, errors, base and digest.",
     "export": "Write base + delta as an ordinary Hugging Face checkpoint.",
     "serve": "Serve a base model and its deltas behind an OpenAI-compatible endpoint.",
@@ -34,7 +36,8 @@ def main() -> None:
 
 
 def dispatch(argv: list[str]) -> int:
-    """Run a command; returns the exit code: 0, 2 for the user's errors, 130 for Ctrl-C."""
+    """Run a command; returns the exit code: 0, 1 for a missed threshold, 2 for the
+    user's errors, 130 for Ctrl-C."""
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return 0 if argv else USER_ERROR

@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from deltaserve.artifact.manifest import KINDS, Manifest, TensorEntry
+from deltaserve.artifact.quality import Quality, TextRef
 from deltaserve.artifact.reader import Delta
+from deltaserve.compress.choose import Chosen
+from deltaserve.compress.diff import ParameterDiff
 
 PLAIN_WIDTH = 140
 
 
-def print_summary(manifest: Manifest, out: Path) -> None:
-    """After ``compress``: sizes by class and what to do next."""
-    console = _console()
+def print_summary(chosen: Chosen, out: Path) -> None:
+    """After ``compress``: sizes by class, the verdict if there is one, what to do next."""
+    console, manifest = _console(), chosen.manifest
     console.print(_sizes(manifest))
     console.print(_ratios(manifest))
+    if chosen.note:
+        console.print(chosen.note, soft_wrap=True)
+    if manifest.quality is not None:
+        console.print(f"{verdict(manifest.quality)}, on held-out text")
     console.print(f"wrote {out}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_candidates(chosen: Chosen) -> None:
+    """After ``compress --explain``: every candidate of every tensor, and the choice."""
+    table = Table(title="candidates", title_justify="left")
+    table.add_column("parameter", overflow="fold")
+    table.add_column("candidate")
+    for column in ("in memory", "error at layer"):
+        table.add_column(column, justify="right")
+    table.add_column("chosen")
+    assert chosen.table is not None
+    for name, candidates in chosen.table.items():
+        for number, each in enumerate(sorted(candidates, key=lambda c: c.bytes)):
+            table.add_row(
+                "" if number else name,
+                _settings(each.choice.codec, each.choice.params),
+                f"{each.bytes:,}",
+                f"{each.error:.3g}",
+                "yes" if each == chosen.picks.get(name) else "",
+            )
+        table.add_section()
+    _console().print(table)
 
 
 def print_delta(delta: Delta, *, verified: bool) -> None:
@@ -32,13 +63,57 @@ def print_delta(delta: Delta, *, verified: bool) -> None:
         "source": f"{manifest.source.name} ({manifest.source.kind})",
         "source digest": manifest.source.digest,
         "architecture": manifest.architecture,
+        "calibrated on": _text(manifest.calibration),
         "also differs": ", ".join(p.name for p in delta.extra_files()) or "nothing",
     }
     for label, value in facts.items():
         console.print(f"{label:>14}  {value}", soft_wrap=True, highlight=False, markup=False)
     console.print(_sizes(manifest))
     console.print(_parameters(manifest))
+    if manifest.quality is not None:
+        console.print(_quality(manifest.quality))
     console.print(_ratios(manifest))
+
+
+def print_quality(quality: Quality) -> None:
+    """After ``verify``: what was measured, and the verdict in one line."""
+    console = _console()
+    console.print(_quality(quality))
+    console.print(verdict(quality))
+
+
+def verdict(quality: Quality) -> str:
+    """For example "passed: KL 0.0012 (at most 0.01), agreement 99.5 %"."""
+    most, least = quality.max_kl, quality.min_agreement
+    words = "verified" if most is None and least is None else "passed"
+    kl = f"KL {quality.kl_mean:.3g}" + (f" (at most {most:g})" if most is not None else "")
+    agreement = f"agreement {quality.agreement:.2%}"
+    agreement += f" (at least {least:.2%})" if least is not None else ""
+    return f"{words if quality.passed else 'MISSED'}: {kl}, {agreement}"
+
+
+def print_diff(found: list[ParameterDiff]) -> None:
+    """Every changed parameter, and how many did not change."""
+    table = Table(title="changed parameters", title_justify="left")
+    table.add_column("parameter", overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    for column in ("equal values", "rows changed", "norm", "of base", "eff. rank", "rank 90%"):
+        table.add_column(column, justify="right")
+    changed = [each for each in found if each.unchanged < 1]
+    for each in changed:
+        table.add_row(
+            each.name,
+            "x".join(map(str, each.shape)) or "scalar",
+            f"{each.unchanged:.1%}",
+            f"{each.rows:.1%}",
+            f"{each.norm:.4g}",
+            f"{each.relative:.2%}",
+            f"{each.effective_rank:.1f}" if each.effective_rank else "-",
+            str(each.energy_rank or "-"),
+        )
+    console = _console()
+    console.print(table)
+    console.print(f"{len(found) - len(changed)} of {len(found)} parameters are unchanged")
 
 
 def _console() -> Console:
@@ -49,6 +124,12 @@ def _console() -> Console:
 
 def _revision(manifest: Manifest) -> str:
     return f"@{manifest.base.revision}" if manifest.base.revision else ""
+
+
+def _text(text: TextRef | None) -> str:
+    if text is None:
+        return "nothing"
+    return f"{text.tokens:,} tokens in {text.sequences} sequences, {text.source}"
 
 
 def _ratios(manifest: Manifest) -> str:
@@ -65,6 +146,27 @@ def _sizes(manifest: Manifest) -> Table:
         counts = [getattr(s, kind) for s in (sizes.full, sizes.resident, sizes.disk)]
         if any(counts) or kind == "total":
             table.add_row(kind, *(f"{count:,}" for count in counts))
+    return table
+
+
+def _quality(quality: Quality) -> Table:
+    text = quality.text
+    table = Table(title="base + delta against fine-tune", title_justify="left", show_header=False)
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_row(f"tokens, {text.source}", f"{text.tokens:,}")
+    places = "none" if quality.first_divergence < 0 else f"token {quality.first_divergence}"
+    for label, value in (
+        ("KL of the next token, mean (nats)", f"{quality.kl_mean:.3g}"),
+        ("KL, 99th percentile", f"{quality.kl_p99:.3g}"),
+        ("KL, largest", f"{quality.kl_max:.3g}"),
+        ("same most likely token", f"{quality.agreement:.2%}"),
+        ("perplexity of the fine-tune", f"{quality.perplexity_fine_tune:.4f}"),
+        ("perplexity of base + delta", f"{quality.perplexity_delta:.4f}"),
+        (f"identical greedy continuations, {quality.prompts}", f"{quality.identical:.1%}"),
+        (f"first difference, median of {quality.continued}", places),
+    ):
+        table.add_row(label, value)
     return table
 
 
@@ -88,9 +190,13 @@ def _parameters(manifest: Manifest) -> Table:
 
 
 def _codec(entry: TensorEntry) -> str:
+    return _settings(entry.codec, entry.params)
+
+
+def _settings(codec: str, p: Mapping[str, Any]) -> str:
     """Short, for a column: the settings that distinguish one parameter from the next."""
-    p, words = entry.params, [entry.codec]
-    if "bits" in p and (entry.codec != "rows" or p["bits"]):
+    words = [codec]
+    if "bits" in p and (codec != "rows" or p["bits"]):
         words.append(f"{p['bits']}-bit")
     if p.get("scale_axis", "group") != "group":
         words.append(f"per {p['scale_axis']}")

@@ -16,31 +16,43 @@ from torch import nn
 from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.engine.routing import BASE_SLOT, Segment, StepContext
 from deltaserve.kernels.delta_embedding import delta_embedding
-from deltaserve.kernels.delta_matmul import delta_matmul
+from deltaserve.kernels.delta_matmul import GroupedDeltas, RowChunks, delta_matmul
 
 
 class DeltaLinear(nn.Module):
-    """A projection; weight and bias may change."""
+    """A projection; weight and bias may change.
 
-    def __init__(self, inner: nn.Linear, step: StepContext) -> None:
+    name: its path in the model, for messages. grouped: the weights that a kernel applies for
+    all deltas at once; the others are in ``weights``.
+    """
+
+    def __init__(self, inner: nn.Linear, step: StepContext, name: str) -> None:
         super().__init__()
         self.inner = inner
         self.step = step
+        self.grouped = GroupedDeltas(f"{name}.weight", inner.weight, inner.bias is not None)
         self.weights: dict[int, Encoded] = {}
         self.biases: dict[int, torch.Tensor] = {}
+        self.num_outputs: dict[int, int] = {}
 
     def attach(self, slot: int, parameter: str, operand: Encoded) -> None:
-        if parameter == "weight":
-            self.weights[slot] = operand
-        else:
+        if parameter == "bias":
             self.biases[slot] = operand.tensors["values"]
+            return
+        self.num_outputs[slot] = operand.shape[0]
+        if not self.grouped.attach(slot, operand):
+            self.weights[slot] = operand
 
     def detach(self, slot: int) -> None:
-        self.weights.pop(slot, None)
-        self.biases.pop(slot, None)
+        self.grouped.detach(slot)
+        for held in (self.weights, self.biases, self.num_outputs):
+            held.pop(slot, None)
 
     def segments(self) -> Iterable[Segment]:
         return self.step.routing.tokens
+
+    def chunks(self) -> RowChunks:
+        return self.step.routing.token_chunks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., T, K] -> [..., T, N]; the leading dimensions are 1."""
@@ -83,6 +95,8 @@ class DeltaLinear(nn.Module):
             if weight is not None:
                 own_bias = self.inner.bias if bias is None else bias
                 delta_matmul(y_TN[rows, : weight.shape[0]], x_TK[rows], weight, own_bias)
+        if self.grouped:
+            self.grouped.apply(y_TN, x_TK, self.chunks())
 
 
 class DeltaHead(DeltaLinear):
@@ -91,10 +105,13 @@ class DeltaHead(DeltaLinear):
     def segments(self) -> Iterable[Segment]:
         return self.step.routing.logits
 
+    def chunks(self) -> RowChunks:
+        return self.step.routing.logit_chunks
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits as wide as the widest vocabulary in the step; the runner masks what is
         beyond a row's own."""
-        own = [self.weights[s.slot].shape[0] for s in self.segments() if s.slot in self.weights]
+        own = [self.num_outputs.get(segment.slot, 0) for segment in self.segments()]
         return self.compute(x, max([self.inner.weight.shape[0], *own]))
 
 

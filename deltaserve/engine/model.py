@@ -122,7 +122,7 @@ def _wrap(
     if isinstance(module, nn.Embedding):
         return DeltaEmbedding(module, step)
     if isinstance(module, nn.Linear):
-        return (DeltaHead if path == "lm_head" else DeltaLinear)(module, step)
+        return (DeltaHead if path == "lm_head" else DeltaLinear)(module, step, path)
     if type(module).__name__.endswith("RMSNorm"):
         per_head = path.endswith(("q_norm", "k_norm"))
         return DeltaNorm(module, step, head_norm_token_dim if per_head else 1)

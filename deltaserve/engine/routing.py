@@ -7,20 +7,14 @@ has to gather. Slot 0 is the base.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import torch
 
-BASE_SLOT = 0
+from deltaserve.kernels.delta_matmul import BASE_SLOT, RowChunks, Segment, cut
 
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Rows ``start .. end`` of the packed step run the delta in ``slot``."""
-
-    slot: int
-    start: int
-    end: int
+__all__ = ["BASE_SLOT", "Routing", "Segment", "StepContext", "segments"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +27,15 @@ class Routing:
     tokens: tuple[Segment, ...]
     logits: tuple[Segment, ...]
     slot_T: torch.Tensor
+
+    @cached_property
+    def token_chunks(self) -> RowChunks:
+        """``tokens`` for the kernels: made when the first layer asks, shared by the others."""
+        return cut(self.tokens, self.slot_T.device)
+
+    @cached_property
+    def logit_chunks(self) -> RowChunks:
+        return cut(self.logits, self.slot_T.device)
 
 
 class StepContext:

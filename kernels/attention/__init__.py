@@ -1,5 +1,6 @@
 """Attention over a paged KV cache, prefill chunks and decode rows in one packed batch."""
 
-from deltaserve.kernels.attention.reference import PagedBatch, paged_attention, write_kv
+from deltaserve.kernels.attention.batch import PagedBatch
+from deltaserve.kernels.attention.dispatch import paged_attention, write_kv
 
 __all__ = ["PagedBatch", "paged_attention", "write_kv"]

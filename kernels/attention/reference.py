@@ -7,55 +7,10 @@ A *slot* is one token's place in the cache: block * block_size + offset.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
 import torch.nn.functional as F
 
-
-@dataclass(eq=False)
-class PagedBatch:
-    """Where the packed tokens of one step lie, in the batch and in the cache.
-
-    slot_mapping_T: slot that receives each new token. block_table_RB: the blocks of each
-    sequence, padded with 0. context_lens: tokens of each sequence after this step, and
-    query_starts (R + 1 entries): where its new tokens begin in the packed batch.
-    """
-
-    slot_mapping_T: torch.Tensor
-    block_table_RB: torch.Tensor
-    context_lens: list[int]
-    query_starts: list[int]
-    block_size: int
-
-    @cached_property
-    def slots_RL(self) -> torch.Tensor:
-        """Slots of every context position, in order; computed once and shared by the layers."""
-        offsets = torch.arange(self.block_size, device=self.block_table_RB.device)
-        slots = self.block_table_RB[:, :, None] * self.block_size + offsets
-        return slots.flatten(1)
-
-    @cached_property
-    def decode_rows(self) -> list[int]:
-        """Sequences with a single new token; they are attended in one batched call."""
-        return [r for r in range(len(self.context_lens)) if self._num_new(r) == 1]
-
-    @cached_property
-    def prefill_rows(self) -> list[int]:
-        return [r for r in range(len(self.context_lens)) if self._num_new(r) > 1]
-
-    @cached_property
-    def decode_index(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(packed index, context length, slots up to the longest context) of the decode rows."""
-        device = self.block_table_RB.device
-        rows = torch.tensor(self.decode_rows, device=device)
-        index = torch.tensor([self.query_starts[r] for r in self.decode_rows], device=device)
-        lens = [self.context_lens[r] for r in self.decode_rows]
-        return index, torch.tensor(lens, device=device), self.slots_RL[rows, : max(lens)]
-
-    def _num_new(self, row: int) -> int:
-        return self.query_starts[row + 1] - self.query_starts[row]
+from deltaserve.kernels.attention.batch import PagedBatch
 
 
 def write_kv(

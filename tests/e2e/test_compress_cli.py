@@ -75,7 +75,7 @@ def refused(capsys, tmp_path):
 
 
 def test_compress_inspect_export(at, capsys):
-    assert dispatch(["compress", at("base"), at("tuned"), "-o", at("delta")]) == 0
+    assert dispatch(["compress", at("base"), at("tuned"), "-o", at("delta"), "--codec", "int"]) == 0
     out = capsys.readouterr().out
     assert "smaller in memory" in out
     assert dispatch(["inspect", at("delta"), "--json", "--verify"]) == 0
@@ -175,12 +175,12 @@ def test_damaged_models(at, refused, tmp_path):
 
 def test_output_that_is_not_empty(at, refused):
     assert "not empty" in refused("compress", at("base"), at("tuned"), "-o", at("base"))
-    assert dispatch(["compress", at("base"), at("tuned"), "-o", at("d")]) == 0
+    assert dispatch(["compress", at("base"), at("tuned"), "-o", at("d"), "--codec", "int"]) == 0
     assert "not empty" in refused("export", at("base"), at("d"), "-o", at("tuned"))
 
 
 def test_a_delta_for_another_base_and_damaged_deltas(at, refused, tmp_path):
-    assert dispatch(["compress", at("base"), at("tuned"), "-o", at("d")]) == 0
+    assert dispatch(["compress", at("base"), at("tuned"), "-o", at("d"), "--codec", "int"]) == 0
     manifest = json.loads((tmp_path / "d" / "delta.json").read_text())
     error = refused("export", at("tuned"), at("d"), "-o", at("out"))
     assert manifest["base"]["digest"] in error
@@ -198,7 +198,7 @@ def test_a_delta_for_another_base_and_damaged_deltas(at, refused, tmp_path):
 
 @pytest.mark.parametrize("command", ["compress", "export"])
 def test_a_full_disk(at, refused, monkeypatch, command):
-    assert dispatch(["compress", at("base"), at("tuned"), "-o", at("d")]) == 0
+    assert dispatch(["compress", at("base"), at("tuned"), "-o", at("d"), "--codec", "int"]) == 0
 
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -210,13 +210,13 @@ def test_a_full_disk(at, refused, monkeypatch, command):
 
 SLOW = """
 import time
-import deltaserve.compress.run as run
-exact = run.relative_error
+import deltaserve.compress.change as change
+exact = change.relative_error
 def slow(*args):
     print("working", flush=True)
     time.sleep(0.2)
     return exact(*args)
-run.relative_error = slow
+change.relative_error = slow
 from deltaserve.cli.main import main
 main()
 """
@@ -224,7 +224,7 @@ main()
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_compress_leaves_nothing_and_a_second_run_succeeds(at, tmp_path, sent):
-    argv = ["compress", at("base"), at("tuned"), "-o", at("out/delta")]
+    argv = ["compress", at("base"), at("tuned"), "-o", at("out/delta"), "--codec", "int"]
     before = sorted(p.name for p in tmp_path.iterdir())
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, *argv],

@@ -83,6 +83,18 @@ class IntCodec:
         tensors = {part: torch.stack(planes) for part, planes in parts.items() if planes}
         return Encoded(self.name, asdict(p), tuple(tensor.shape), tensor.dtype, tensors)
 
+    def from_codes(
+        self, plane: Plane, params: IntParams, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Encoded:
+        """One plane whose codes and scales somebody else chose (symmetric grids only)."""
+        assert params.symmetric
+        assert params.planes == 1
+        tensors = {
+            "codes": pack_bits(plane.codes, params.bits)[None],
+            "scales": plane.scales[None],
+        }
+        return Encoded(self.name, asdict(params), shape, dtype, tensors)
+
     def delta(self, enc: Encoded) -> torch.Tensor:
         p = parse_params(IntParams, self.name, enc.params)
         rows, columns = matrix_shape(enc.shape)

@@ -1,6 +1,6 @@
 """``nm24``: of every 4 neighbours along the input dim the 2 largest, quantised.
 
-The format of DeltaZip (Yao et al., EuroSys 2025), without its calibration.
+The format of DeltaZip (Yao et al., EuroSys 2025); ``compress`` can calibrate what is kept.
 """
 
 from __future__ import annotations
@@ -78,12 +78,39 @@ class Nm24Codec:
         real = kept[:, : kept.shape[1] - (columns % 4 == 1)].contiguous()
         plane = quantise(real, p.grid)
         codes = pad(plane.codes, (0, kept.shape[1] - real.shape[1]))
+        whole = Plane(codes, plane.scales, None)
+        return self._pack(whole, index, p, tuple(tensor.shape), tensor.dtype)
+
+    def from_codes(
+        self,
+        plane: Plane,
+        kept_NK: torch.Tensor,
+        params: Nm24Params,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> Encoded:
+        """Codes [N, K] and a mask of exactly 2 in each 4 columns that somebody else chose."""
+        rows, columns = kept_NK.shape
+        assert columns % 4 == 0
+        place = kept_NK.view(rows, -1, 4).to(torch.uint8).topk(2, dim=2).indices.sort(dim=2).values
+        codes = plane.codes.view(rows, -1, 4).gather(2, place).flatten(1)
+        chosen = Plane(codes, plane.scales, None)
+        return self._pack(chosen, place.flatten(1).to(torch.uint8), params, shape, dtype)
+
+    def _pack(
+        self,
+        plane: Plane,
+        index: torch.Tensor,
+        p: Nm24Params,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> Encoded:
         tensors = {
-            "codes": pack_bits(codes, p.bits),
+            "codes": pack_bits(plane.codes, p.bits),
             "index": pack_bits(index, INDEX_BITS),
             "scales": plane.scales,
         }
-        return Encoded(self.name, asdict(p), tuple(tensor.shape), tensor.dtype, tensors)
+        return Encoded(self.name, asdict(p), shape, dtype, tensors)
 
     def delta(self, enc: Encoded) -> torch.Tensor:
         p = parse_params(Nm24Params, self.name, enc.params)

@@ -59,11 +59,11 @@ class Plane:
 
 def quantise(x: torch.Tensor, grid: Grid) -> Plane:
     """Quantise float32 ``x`` [N, K] and leave in ``x`` what the plane does not explain."""
-    scales, zeros = _fit_matrix(x, grid)
+    scales, zeros = fit_matrix(x, grid)
     codes = torch.empty(x.shape, dtype=torch.uint8)
     for rows in row_chunks(*x.shape):
-        scale, zero = _expand(scales, zeros, rows, x.shape[1], grid)
-        q = _codes(x[rows], scale, zero, grid.top)
+        scale, zero = expand(scales, zeros, rows, x.shape[1], grid)
+        q = nearest(x[rows], scale, zero, grid.top)
         codes[rows] = q.to(torch.uint8)
         x[rows] -= (q - zero) * scale
     return Plane(codes, scales, zeros if not grid.symmetric else None)
@@ -73,7 +73,7 @@ def dequantise_into(out: torch.Tensor, plane: Plane, grid: Grid) -> None:
     """Add the plane's values to float32 ``out`` [N, K]."""
     zeros = plane.zeros
     for rows in row_chunks(*out.shape):
-        scale, zero = _expand(plane.scales, zeros, rows, out.shape[1], grid)
+        scale, zero = expand(plane.scales, zeros, rows, out.shape[1], grid)
         out[rows] += (plane.codes[rows].float() - zero) * scale
 
 
@@ -83,7 +83,7 @@ def row_chunks(rows: int, columns: int) -> list[slice]:
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
-def _expand(
+def expand(
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
     rows: slice,
@@ -100,7 +100,7 @@ def _expand(
     return widen(scales), grid.top / 2 if zeros is None else widen(zeros)
 
 
-def _codes(
+def nearest(
     x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | float, top: int
 ) -> torch.Tensor:
     """Nearest codes, float32; a zero scale decodes to zero whatever the code."""
@@ -108,7 +108,8 @@ def _codes(
     return torch.div(x, safe).add_(zero).round_().clamp_(0, top)
 
 
-def _fit_matrix(x: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
+def fit_matrix(x: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales, and zero points if asymmetric, of all groups of ``x`` [N, K]; see ``fit``."""
     rows, columns = x.shape
     shape = grid.scale_shape(rows, columns)
     scales = torch.empty(shape, dtype=SCALE_DTYPE)
@@ -202,7 +203,7 @@ def _try(
     error = torch.zeros_like(scale)
     dot, norm = torch.zeros_like(scale), torch.zeros_like(scale)
     for some in x.split(max(1, CHUNK // x.shape[0]), dim=1):
-        levels = _codes(some, scale, zero, top).sub_(zero)
+        levels = nearest(some, scale, zero, top).sub_(zero)
         dot += (levels * some).sum(1, keepdim=True)
         norm += levels.square().sum(1, keepdim=True)
         error += levels.mul_(scale).sub_(some).square_().sum(1, keepdim=True)

@@ -13,6 +13,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from deltaserve.demo.tokenizer import build_tokenizer
+
 SMALL = {
     "vocab_size": 80,
     "hidden_size": 32,
@@ -74,3 +76,21 @@ def pair(tmp_path, new_model, tune):
         return tmp_path / "base", tmp_path / "tuned", model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def talking_pair(tmp_path_factory, new_model, tune):
+    """(base directory, fine-tune directory) of a random model with the demo's tokenizer."""
+    root = tmp_path_factory.mktemp("talking")
+    tokenizer = build_tokenizer()
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = new_model(vocab_size=len(tokenizer), max_position_embeddings=64, **ids)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    for name in ("base", "tuned"):
+        if name == "tuned":
+            tune(model, scale=0.03)
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root / "base", root / "tuned"

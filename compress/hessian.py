@@ -1,0 +1,66 @@
+"""Second moments of a layer's inputs: how much an error in each weight costs at the output.
+
+For y = x @ w.T the squared output error of a weight error e [N, K] is tr(e H e.T) with
+H [K, K] the mean of x x.T (Hassibi and Stork, NeurIPS 1992; Frantar et al., GPTQ, ICLR 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Share of the mean diagonal that is added to it (GPTQ's percdamp), and its growth when the
+# matrix is still not positive definite.
+DAMPING = 0.01
+GROWTH = 10.0
+
+
+class Hessian:
+    """A running mean of x x.T over tokens, float32 on the device of the inputs."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.sum_KK = torch.zeros(columns, columns, device=device)
+        self.tokens = 0
+
+    def add(self, x_TK: torch.Tensor) -> None:
+        """Count further inputs."""
+        x_TK = x_TK.float()
+        self.sum_KK.addmm_(x_TK.T, x_TK)
+        self.tokens += len(x_TK)
+
+    @property
+    def mean_KK(self) -> torch.Tensor:
+        return self.sum_KK / max(1, self.tokens)
+
+    def damped(self, share: float = DAMPING) -> torch.Tensor:
+        """Positive diagonal: inputs that never fired count on their own, without neighbours."""
+        h_KK = self.mean_KK
+        diagonal_K = h_KK.diagonal()
+        level = float(diagonal_K.mean())
+        if level == 0:
+            return torch.eye(len(h_KK), device=h_KK.device)
+        diagonal_K[diagonal_K == 0] = level
+        diagonal_K += share * level
+        return h_KK
+
+
+def inverse_factor(hessian: Hessian, order_K: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor [K, K] of the inverse, columns taken in ``order_K``.
+
+    A matrix that is not positive definite for float32 is damped until it is.
+    """
+    share = DAMPING
+    while True:
+        h_KK = hessian.damped(share)[order_K][:, order_K]
+        lower_KK, failed = torch.linalg.cholesky_ex(h_KK)
+        if not failed:
+            upper_KK, failed = torch.linalg.cholesky_ex(
+                torch.cholesky_inverse(lower_KK), upper=True
+            )
+            if not failed and bool(torch.isfinite(upper_KK).all()):
+                return upper_KK
+        share *= GROWTH
+
+
+def output_error(error_NK: torch.Tensor, h_KK: torch.Tensor) -> torch.Tensor:
+    """Mean squared error [N] of each output for a weight error."""
+    return ((error_NK @ h_KK) * error_NK).sum(1).clamp(min=0)

@@ -1,0 +1,97 @@
+"""How close base + delta comes to the fine-tune: the verify report inside a manifest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from deltaserve.artifact.fields import count_at, digest_at, object_at, text_at
+from deltaserve.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class TextRef:
+    """The text that something was measured or calibrated on.
+
+    source: the file's name, or "sampled from the fine-tune". digest: sha256 over the
+    sequences of token ids. seed: what drew or chose them.
+    """
+
+    source: str
+    digest: str
+    sequences: int
+    tokens: int
+    seed: int
+
+    @classmethod
+    def from_json(cls, value: object, where: str) -> TextRef:
+        """Raises ArtifactError naming the first wrong field."""
+        text = object_at(value, where)
+        numbers = (count_at(text, key, f"{where}.") for key in ("sequences", "tokens", "seed"))
+        return cls(text_at(text, "source", f"{where}."), digest_at(text, "digest", f"{where}."),
+                   *numbers)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Fine-tune against base + delta on the same text.
+
+    delta: digest of the artifact that was measured. kl_*: Kullback-Leibler divergence of
+    the next-token distributions, fine-tune || delta, nats per token: mean, 99th percentile
+    and largest. agreement: share of tokens where both have the same most likely next
+    token. perplexity_*: of the text. prompts: greedy continuations that were compared, of
+    up to ``continued`` tokens; identical: share of them without any difference;
+    first_divergence: median place of the first difference among the others (-1: none).
+    max_kl, min_agreement: thresholds, None where there was none; passed: all were met.
+    """
+
+    delta: str
+    text: TextRef
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    agreement: float
+    perplexity_fine_tune: float
+    perplexity_delta: float
+    prompts: int
+    continued: int
+    identical: float
+    first_divergence: int
+    max_kl: float | None
+    min_agreement: float | None
+    passed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able object, in the order of the fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object) -> Quality:
+        """Check and convert; raises ArtifactError naming the first wrong field."""
+        quality = object_at(value, "quality")
+        known: dict[str, Any] = {}
+        for field in fields(cls):
+            given = quality.get(field.name)
+            if field.name == "delta":
+                known["delta"] = digest_at(quality, "delta", "quality.")
+            elif field.name == "text":
+                known["text"] = TextRef.from_json(given, "quality.text")
+            elif _fits(given, str(field.type)):
+                known[field.name] = given
+            else:
+                raise ArtifactError(
+                    f"delta.json: quality.{field.name} is not {field.type}: {str(given)[:80]}"
+                )
+        return cls(**known)
+
+
+def _fits(value: object, kind: str) -> bool:
+    """Does a JSON value fit a field's annotation: bool, int, float or float | None?"""
+    if kind == "bool" or isinstance(value, bool):
+        return kind == "bool" and isinstance(value, bool)
+    if value is None:
+        return kind.endswith("None")
+    if kind == "int":
+        return isinstance(value, int)
+    return isinstance(value, (int, float)) and math.isfinite(value)

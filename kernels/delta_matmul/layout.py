@@ -1,0 +1,206 @@
+"""The kernels' own layouts of the operands, made once when a delta is attached.
+
+N outputs, K inputs, P planes, I tiles along K, L lanes, R rank or stored rows.
+
+The order of the inputs does not change a sum, so a word holds the codes of eight inputs that
+lie L apart: after one shift and mask a tile of words is a tile of codes for L *neighbouring*
+inputs, in the registers where the tensor cores want it. Every packed byte is loaded once and
+nothing unpacked passes through shared memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.functional import pad
+
+from deltaserve.artifact.codecs.base import Encoded, matrix_shape
+from deltaserve.artifact.codecs.nm24 import INDEX_BITS, kept_columns
+from deltaserve.artifact.codecs.quantise import SCALE_DTYPE
+from deltaserve.artifact.packing import CODES_PER_WORD, unpack_bits
+
+# By bits. A step of the tensor cores spans 16 inputs; more lanes are longer loads, but a row of a
+# tile should not pass 128 bytes or the registers run out.
+LANES = {1: (64, 32, 16), 2: (64, 32, 16), 4: (32, 16)}
+# nm24: inputs in a quad, quads in a word, and their lanes.
+QUAD = 4
+QUADS_PER_WORD = 4
+NM24_LANES = 16
+RANK_BLOCKS = (16, 32, 64)
+# Columns of the address table. Packed: words, scales, places of the kept or listed outputs, N,
+# planes, steps per group; low rank: v, u, N, padded rank; rows: values, listed outputs, count.
+FIELDS = 6
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Operands of one kind share a kernel specialisation, and so a launch.
+
+    codec: int, nm24, lowrank, rows. bits of a code. lanes: neighbouring inputs in one step.
+    run: steps that share a scale. indexed: the outputs are listed. block: ranks per program.
+    """
+
+    codec: str
+    bits: int = 0
+    lanes: int = 0
+    run: int = 0
+    indexed: bool = False
+    block: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """One delta's weight in one layer, laid out.
+
+    fields: its row of the address table, see ``FIELDS``. parts: what the addresses point to.
+    scale: a factor of the whole. num_outputs: N, or the stored rows. enc: shape and settings;
+    its tensors are there only for ``lowrank`` and ``rows``, which are kept as they are.
+    """
+
+    kind: Kind
+    fields: tuple[int, ...]
+    parts: tuple[torch.Tensor, ...]
+    num_outputs: int
+    enc: Encoded
+    scale: float = 1.0
+
+
+def refusal(enc: Encoded, dtype: torch.dtype) -> str | None:
+    """Why no kernel takes this operand with activations of ``dtype``; None if one does."""
+    if enc.codec == "int":
+        return _int_refusal(enc.params)
+    if enc.codec == "nm24":
+        if enc.params["bits"] not in (2, 4):
+            return f"{enc.params['bits']} bits"
+        group = enc.params["group_size"]
+        return f"group size {group}" if group % (NM24_LANES * QUAD) else None
+    if enc.codec in ("lowrank", "rows"):
+        floats = [t for t in enc.tensors.values() if t.is_floating_point()]
+        if enc.codec == "rows" and enc.params["bits"]:
+            return _int_refusal({**enc.params, "scale_axis": "group"})
+        other = [t.dtype for t in floats if t.dtype != dtype]
+        return f"operand is {other[0]}, activations are {dtype}" if other else None
+    return f"codec {enc.codec}"
+
+
+def _int_refusal(params: dict[str, object]) -> str | None:
+    if params["bits"] not in _WORDS:
+        return f"{params['bits']} bits"
+    if not params["symmetric"]:
+        return "asymmetric codes"
+    if params["scale_axis"] == "column":
+        return "scales per column"
+    group = params["group_size"] if params["scale_axis"] == "group" else 0
+    assert isinstance(group, int)
+    return f"group size {group}" if group % 16 else None
+
+
+def lay_out(enc: Encoded) -> Operand:
+    """The operand of ``enc``, on the device of its tensors. ``refusal`` must have been None."""
+    if enc.codec == "lowrank":
+        return _lowrank(enc)
+    if enc.codec == "nm24":
+        return _nm24(enc)
+    if enc.codec == "int":
+        return _int(enc, enc, None)
+    if enc.params["bits"]:
+        stored = (enc.params["rows"], *enc.shape[1:])
+        params = {**enc.params, "scale_axis": "group", "planes": 1}
+        return _int(replace(enc, params=params, shape=stored), enc, enc.tensors["index"])
+    return _rows(enc)
+
+
+def _int(inner: Encoded, enc: Encoded, index_R: torch.Tensor | None) -> Operand:
+    """words [P, I, N, L]; scales bf16 [P, G, N]; then the outputs' places where they are listed."""
+    rows, columns = matrix_shape(inner.shape)
+    bits, planes = inner.params["bits"], len(inner.tensors["codes"])
+    group = inner.params["group_size"] if inner.params["scale_axis"] == "group" else 0
+    lanes = next(width for width in LANES[bits] if group % width == 0)
+    width = lanes * CODES_PER_WORD
+    tiles = -(-columns // width)
+    codes = unpack_bits(inner.tensors["codes"], bits, columns)
+    codes = pad(codes, (0, tiles * width - columns)).view(
+        planes, rows, tiles, CODES_PER_WORD, lanes
+    )
+    words = _merge(codes.transpose(-1, -2), bits).transpose(1, 2).contiguous()
+    run, steps, groups = _scale_run(group // lanes, CODES_PER_WORD, tiles)
+    scales = _scales_by_group(inner.tensors["scales"], rows, groups)
+    kind = Kind("int", bits, lanes, run, indexed=index_R is not None)
+    listed = [] if index_R is None else [index_R.contiguous()]
+    index_address = listed[0].data_ptr() if listed else 0
+    fields = (words.data_ptr(), scales.data_ptr(), index_address, rows, planes, steps)
+    parts = (words, scales, *listed)
+    return Operand(kind, fields, parts, rows, replace(enc, tensors={}))
+
+
+def _nm24(enc: Encoded) -> Operand:
+    """words [I, N, L] of a lane's kept codes; scales bf16 [G, N]; places int16 [I, N, L]."""
+    rows, columns = matrix_shape(enc.shape)
+    bits, kept = enc.params["bits"], kept_columns(columns)
+    width = NM24_LANES * QUADS_PER_WORD * 2
+    tiles = -(-kept // width)
+
+    def by_lane(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        """Words of the kept values of a lane's quads, which lie L quads apart."""
+        values = pad(unpack_bits(packed, bits, kept), (0, tiles * width - kept))
+        quads = values.view(rows, tiles, QUADS_PER_WORD, NM24_LANES, 2).transpose(2, 3)
+        return _merge(quads.flatten(3), bits).transpose(0, 1).contiguous()
+
+    words, places = by_lane(enc.tensors["codes"], bits), by_lane(enc.tensors["index"], INDEX_BITS)
+    group = enc.params["group_size"] // (NM24_LANES * QUAD)
+    run, steps, groups = _scale_run(group, QUADS_PER_WORD, tiles)
+    scales = _scales_by_group(enc.tensors["scales"][None], rows, groups)
+    fields = (words.data_ptr(), scales.data_ptr(), places.data_ptr(), rows, 1, steps)
+    kind = Kind("nm24", bits, NM24_LANES, run)
+    return Operand(kind, fields, (words, scales, places), rows, replace(enc, tensors={}))
+
+
+def _lowrank(enc: Encoded) -> Operand:
+    """v [R, K] and u [N, R], R padded with zeros to whole blocks."""
+    u_NR, v_RK = enc.tensors["u"], enc.tensors["v"]
+    rank = u_NR.shape[1]
+    block = next((size for size in RANK_BLOCKS if rank <= size), RANK_BLOCKS[-1])
+    padding = -rank % block
+    v, u = pad(v_RK, (0, 0, 0, padding)), pad(u_NR, (0, padding))
+    fields = (v.data_ptr(), u.data_ptr(), len(u), rank + padding)
+    # Views of the padded factors: nothing is held twice.
+    kept = replace(enc, tensors={"u": u[:, :rank], "v": v[:rank]})
+    scale = float(enc.params.get("scale", 1.0))
+    return Operand(Kind("lowrank", block=block), fields, (v, u), len(u), kept, scale)
+
+
+def _rows(enc: Encoded) -> Operand:
+    """values [R, K] and the outputs' places [R], as stored."""
+    values, index = enc.tensors["values"].contiguous(), enc.tensors["index"].contiguous()
+    fields = (values.data_ptr(), index.data_ptr(), len(index))
+    return Operand(Kind("rows"), fields, (values, index), len(index), enc)
+
+
+def _merge(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [..., M] -> [...] words of M codes, lowest bits first."""
+    count = codes.shape[-1]
+    # The sign bit is an ordinary bit here.
+    word = torch.zeros(codes.shape[:-1], dtype=torch.int32, device=codes.device)
+    for i in range(count):
+        word |= codes[..., i].to(torch.int32) << (bits * i)
+    return word.to(_WORDS[bits * count // CODES_PER_WORD])
+
+
+def _scale_run(group: int, tile: int, tiles: int) -> tuple[int, int, int]:
+    """(steps of a tile that share a scale, steps of a group, groups), all counted in steps.
+
+    group: 0 means that the whole row shares its scale.
+    """
+    steps = group or tiles * tile
+    return math.gcd(steps, tile), steps, -(-tiles * tile // steps)
+
+
+def _scales_by_group(scales: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+    """[P, N or 1, G or 1] -> bf16 [P, groups, N]: neighbouring outputs are read together."""
+    planes, _, stored = scales.shape
+    # They may have been cast with the rest of an operand; all of them were made as bfloat16.
+    wide = scales.to(SCALE_DTYPE).expand(planes, rows, stored).transpose(1, 2)
+    return pad(wide, (0, 0, 0, groups - stored)).contiguous()
