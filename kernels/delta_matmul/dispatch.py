@@ -25,7 +25,18 @@ def delta_matmul(
 
 def has_kernels(base_NK: torch.Tensor) -> bool:
     """Whether the grouped kernels serve a layer: on a GPU, in the dtypes of its tensor cores."""
-    return base_NK.is_cuda and base_NK.dtype in (torch.bfloat16, torch.float16)
+    if base_NK.is_cuda and base_NK.dtype not in (torch.bfloat16, torch.float16):
+        _say_no_kernels(base_NK.dtype)
+        return False
+    return base_NK.is_cuda
+
+
+@cache
+def _say_no_kernels(dtype: torch.dtype) -> None:
+    logger.warning(
+        "delta matmul in %s: kernels only for bfloat16 and float16, computed by the slow reference",
+        dtype,
+    )
 
 
 def takes_kernel(name: str, enc: Encoded, dtype: torch.dtype, *, bias: bool) -> bool:

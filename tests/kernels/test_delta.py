@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from deltaserve.artifact.codecs import get_codec
 from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.kernels.delta_embedding import delta_embedding
-from deltaserve.kernels.delta_matmul import cpu, delta_matmul, reference
+from deltaserve.kernels.delta_matmul import cpu, delta_matmul, dispatch, reference
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("raw", {}),
@@ -108,3 +109,11 @@ def test_no_changed_rows_leaves_the_base() -> None:
     enc = get_codec("rows").encode(base.clone(), base)
     ids = torch.tensor([5, 0])
     assert torch.equal(delta_embedding(ids, base, enc), base[ids])
+
+
+def test_a_dtype_without_kernels_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    weight = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    for _ in range(2):
+        assert not dispatch.has_kernels(weight)  # type: ignore[arg-type]
+    assert caplog.text.count("computed by the slow reference") == 1
+    assert dispatch.has_kernels(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16))  # type: ignore[arg-type]
