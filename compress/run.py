@@ -54,9 +54,10 @@ def compress(
     path, name = locate(model)
     text: Text | None = None
     if Adapter.is_adapter(path):
-        if plan is not None:
+        if plan is not None or calibration is not None:
             raise ConfigError(
-                f"{name} is a LoRA adapter, which is always kept exactly; drop the codec options"
+                f"{name} is a LoRA adapter, which is always kept exactly; drop the options for "
+                "codecs and calibration"
             )
         source: Checkpoint | Adapter
         source = adapter = Adapter.open(path, name)

@@ -131,6 +131,12 @@ def run(
             "--preset, --target-ratio and --max-kl choose the codecs themselves; "
             "drop them, or --codec and its settings"
         )
+    measured = towards_goal or calibrate or data is not None
+    if not measured and (options != TextOptions() or device != "cpu"):
+        raise ConfigError(
+            "--samples, --seq-len, --seed and --device are for calibration: add --calibrate, "
+            "--preset, --target-ratio or --max-kl"
+        )
     with stop_on_sigterm(), progress_bar() as progress:
         if towards_goal:
             chosen = compress_to(base, model, out, goal, options, device, progress)

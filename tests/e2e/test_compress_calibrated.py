@@ -79,3 +79,12 @@ def test_a_goal_that_is_out_of_reach_ends_with_1(models, tmp_path, capsys):
 def test_goals_and_codecs_exclude_each_other(models, tmp_path, capsys):
     assert compress(models, tmp_path / "d", "--preset", "small", "--bits", "2") == 2
     assert "choose the codecs themselves" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", [("--samples", "5"), ("--seq-len", "32"), ("--seed", "3"), ("--device", "cuda")]
+)
+def test_options_of_calibration_are_not_ignored_without_it(models, tmp_path, capsys, option):
+    assert compress(models, tmp_path / "d", *option) == 2
+    assert "are for calibration" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
