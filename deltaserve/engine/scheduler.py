@@ -7,9 +7,10 @@ recomputation of a preempted sequence are the same case.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
+from deltaserve.engine.deltas import DeltaStore, ResidentDeltas
 from deltaserve.engine.kv import BlockPool
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.types import FinishReason, TokenEvent
@@ -43,12 +44,28 @@ class StepPlan:
     def num_models(self) -> int:
         return len({row.seq.slot for row in self.rows})
 
+    @property
+    def rows_of_slot(self) -> dict[int, int]:
+        """Tokens of each slot."""
+        counts: Counter[int] = Counter()
+        for row in self.rows:
+            counts[row.seq.slot] += row.num_new
+        return counts
+
 
 class Scheduler:
     """Continuous batching: ``plan`` a step, ``commit`` its tokens."""
 
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        deltas: DeltaStore | None = None,
+    ) -> None:
         self.pool = pool
+        self.deltas = deltas or ResidentDeltas()
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
@@ -83,12 +100,17 @@ class Scheduler:
             events.append(TokenEvent(name, (token,), reason, num_cached=cached))
         return events
 
-    def abort(self, request_id: str) -> TokenEvent | None:
+    def abort(
+        self,
+        request_id: str,
+        reason: FinishReason = FinishReason.ABORT,
+        error: str | None = None,
+    ) -> TokenEvent | None:
         """Drop a request wherever it is; None when it is not here (any more)."""
         for seq in [*self.running, *self.waiting]:
             if seq.request.request_id == request_id:
                 self._finish(seq)
-                return TokenEvent(request_id, (), FinishReason.ABORT)
+                return TokenEvent(request_id, (), reason, error)
         return None
 
     def _continue_running(self, rows: list[Row], budget: int) -> int:
@@ -104,11 +126,15 @@ class Scheduler:
         return budget
 
     def _admit(self, rows: list[Row], budget: int) -> None:
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
-            if not self._take_blocks(seq):
+        for seq in list(self.waiting):
+            if budget == 0 or len(self.running) == self.max_num_seqs:
                 return
-            self.waiting.popleft()
+            if not self.deltas.acquire(seq):
+                continue  # not in memory yet: nobody behind it is blocked
+            if not self._take_blocks(seq):
+                self.deltas.release(seq)
+                return
+            self.waiting.remove(seq)
             self.running.append(seq)
             num_new = min(seq.num_tokens - seq.num_computed, budget)
             rows.append(Row(seq, seq.num_computed, num_new))
@@ -158,6 +184,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Free the blocks; the sequence is computed again from its first token."""
         self.running.remove(seq)
+        self.deltas.release(seq)
         self._release(seq)
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
@@ -165,6 +192,7 @@ class Scheduler:
     def _finish(self, seq: Sequence) -> None:
         if seq in self.running:
             self.running.remove(seq)
+            self.deltas.release(seq)
         else:
             self.waiting.remove(seq)
         self._release(seq)

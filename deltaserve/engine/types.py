@@ -85,6 +85,41 @@ class ModelInfo:
     vocab_size: int = 0
     merged: bool = False
     """Its projections are kept as base + delta, dense: faster, in the memory of a whole model."""
+    state: str = "ready"
+    """registered (loaded when it is asked for), loading, ready, draining (leaves when its
+    requests have ended) or error."""
+    tier: str = "device"
+    """device, host or disk: where its nearest copy is."""
+    version: int = 1
+    pinned: bool = False
+    """Never evicted."""
+    error: str | None = None
+    """Why it, or the newer version that should have replaced it, could not be loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencyStats:
+    """Deltas by tier, and what has moved since the start."""
+
+    device_deltas: int = 0
+    device_bytes: int = 0
+    """Reserved: loading deltas included."""
+    device_limit: int = 0
+    merged_deltas: int = 0
+    merged_bytes: int = 0
+    merged_limit: int = 0
+    host_deltas: int = 0
+    host_bytes: int = 0
+    host_limit: int = 0
+    registered: int = 0
+    """Versions of all names, wherever they are."""
+    loads: int = 0
+    load_seconds: float = 0.0
+    evictions: int = 0
+    failures: int = 0
+    hits: int = 0
+    """Requests that found their delta on the device; ``misses`` had to wait for it."""
+    misses: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,3 +139,4 @@ class EngineStats:
     cached_tokens: int
     generation_tokens: int
     preemptions: int
+    residency: ResidencyStats = ResidencyStats()
