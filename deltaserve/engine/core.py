@@ -13,12 +13,13 @@ from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.digest import checkpoint_digest
 from deltaserve.config import EngineConfig, check_names
 from deltaserve.engine.families import family_of
-from deltaserve.engine.info import base_version, model_infos
+from deltaserve.engine.info import base_version, model_infos, residency_stats
 from deltaserve.engine.kv import BlockPool, Key, root_key
 from deltaserve.engine.loader import Loader, Reader
 from deltaserve.engine.memory import free_memory, plan_deltas, plan_kv
 from deltaserve.engine.model import KVCache, load_base, make_delta_aware
 from deltaserve.engine.operands import OperandMaker
+from deltaserve.engine.parts import Parts
 from deltaserve.engine.probe import Prober
 from deltaserve.engine.residency import Residency
 from deltaserve.engine.routing import BASE_SLOT, StepContext
@@ -80,15 +81,16 @@ class Engine:
         modules = make_delta_aware(model, base.architecture, step)
         kv = KVCache(model_config, num_blocks * config.block_size, dtype, device)
         self.base = base
+        vocab_size = model_config.vocab_size
         self.residency = Residency(
-            Reader(digest),
-            OperandMaker(
-                base, modules, vocab_size=model_config.vocab_size, dtype=dtype, device=device
+            Parts(
+                Reader(digest),
+                OperandMaker(base, modules, vocab_size=vocab_size, dtype=dtype, device=device),
+                Prober(),
+                Loader(),
+                base_version(config.served_model_name, base, digest, vocab_size),
             ),
-            Prober(),
-            Loader(),
             plan_deltas(config, device, free),
-            base_version(config.served_model_name, base, digest, model_config.vocab_size),
         )
         self.runner = Runner(model, step, kv, block_size=config.block_size, device=device)
         self.scheduler = Scheduler(
@@ -170,7 +172,7 @@ class Engine:
         events = self._advance_loads()
         plan = self.scheduler.plan()
         if plan.rows:
-            sampled = self.runner.execute(plan, self.residency.vocab_sizes)
+            sampled = self.runner.execute(plan, self.residency.device.vocab_sizes)
             events += self.scheduler.commit(plan, sampled)
             self.counters.count(plan, sampled)
             self.residency.count_rows(plan.rows_of_slot)
@@ -197,7 +199,7 @@ class Engine:
             cached_tokens=counters.cached_tokens,
             generation_tokens=counters.generation_tokens,
             preemptions=self.scheduler.num_preemptions,
-            residency=self.residency.stats(),
+            residency=residency_stats(self.residency),
         )
 
     def _load_deltas(self) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.engine.operands import Needs
-from deltaserve.engine.types import ModelInfo
+from deltaserve.engine.residency import Residency
+from deltaserve.engine.types import ModelInfo, ResidencyStats
 from deltaserve.engine.versions import Catalogue, DeltaVersion, State
 
 
@@ -34,6 +37,24 @@ def model_infos(
     served = [_info(s.current, base.name, s.error) for s in catalogue.served.values()]
     leaving = {v.name: v for v in catalogue.left if v.name not in catalogue.served}
     return [first, *served, *(_info(v, base.name, None) for v in leaving.values())]
+
+
+def residency_stats(residency: Residency) -> ResidencyStats:
+    """Cheap enough for every step."""
+    device, host, merger = residency.device, residency.host, residency.merger
+    return ResidencyStats(
+        registered=residency.catalogue.num_versions,
+        device_deltas=len(device),
+        device_bytes=device.used_bytes,
+        device_limit=device.limits.device_bytes,
+        merged_deltas=len(merger),
+        merged_bytes=merger.used_bytes,
+        merged_limit=merger.limit_bytes,
+        host_deltas=len(host),
+        host_bytes=host.used_bytes,
+        host_limit=host.limit_bytes,
+        **asdict(residency.counts),
+    )
 
 
 def _info(version: DeltaVersion, parent: str, candidate_error: str | None) -> ModelInfo:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from deltaserve.artifact.memory import OpenFile, open_file
 from deltaserve.artifact.reader import Delta
@@ -25,13 +25,40 @@ NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True)
+class Job:
+    """``load`` ends with operands, ``stage`` with the bytes in host memory, ``merge`` with dense
+    projections."""
+
+    kind: str
+    version: DeltaVersion
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """A job that ended: its result, or why it failed."""
 
-    job: Any
+    job: Job
     result: Any
     error: str | None
     seconds: float
+
+
+class Background(Protocol):
+    """Threads for jobs, as ``Loader`` has them."""
+
+    @property
+    def idle(self) -> bool: ...
+
+    @property
+    def full(self) -> bool: ...
+
+    def submit(self, job: Job, work: Callable[[], object]) -> None: ...
+
+    def collect(self) -> list[Done]: ...
+
+    def wait(self, seconds: float | None = None) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Loader:
@@ -53,7 +80,7 @@ class Loader:
         """Another job would have to wait, so that the order could be chosen later."""
         return self._pending >= THREADS
 
-    def submit(self, job: object, work: Callable[[], object]) -> None:
+    def submit(self, job: Job, work: Callable[[], object]) -> None:
         self._pending += 1
         self._pool.submit(self._run, job, work)
 
@@ -73,7 +100,7 @@ class Loader:
         """Let what runs end, drop what waits."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, job: object, work: Callable[[], object]) -> None:
+    def _run(self, job: Job, work: Callable[[], object]) -> None:
         start = time.perf_counter()
         result, error = None, None
         try:

@@ -49,9 +49,10 @@ class DeltaVersion:
 
     bound: requests that came while it was current and have not ended. references: those of
     them that run. wished: to be loaded although no request waits, as a new version is.
-    asked: since when somebody waits for it. ready_at, last_used: times of the clock. image: its
-    bytes in host memory. reserved: bytes of the device that are its own, from the start of its
-    loading on. frequency, priority: of its eviction, see ``eviction``.
+    asked: since when somebody waits for it. ready_at: a time of the clock. reserved: bytes of
+    the device that are its own, from the start of its loading on. frequency, priority: see
+    ``eviction``. image: its bytes in host memory. merged: dense projections that took the place
+    of some operands.
     """
 
     name: str
@@ -70,7 +71,6 @@ class DeltaVersion:
     asked: float | None = None
     slot: int | None = None
     ready_at: float = 0.0
-    last_used: float = 0.0
     load_seconds: float = 0.0
     reserved: int = 0
     frequency: int = 0
@@ -93,6 +93,23 @@ class DeltaVersion:
         if self.attached:
             return Tier.DEVICE
         return Tier.DISK if self.image is None else Tier.HOST
+
+    def describe(self, now: float) -> dict[str, object]:
+        """For people who debug."""
+        return {
+            "name": self.name,
+            "version": self.number,
+            "state": str(self.shown_state),
+            "tier": str(self.tier),
+            "pinned": self.pinned,
+            "bound": self.bound,
+            "running": self.references,
+            "bytes": self.reserved,
+            "slot": self.slot,
+            "merged": self.merged is not None,
+            "waits_s": None if self.asked is None else round(now - self.asked, 3),
+            "error": self.error,
+        }
 
     @property
     def shown_state(self) -> State:
@@ -134,6 +151,10 @@ class Catalogue:
             yield from served.versions()
         yield from self.left
 
+    @property
+    def num_versions(self) -> int:
+        return len(self.left) + sum(len(served.versions()) for served in self.served.values())
+
     def get(self, name: str) -> Served:
         """Raises UnknownModelError."""
         served = self.served.get(name)
@@ -143,6 +164,15 @@ class Catalogue:
                 param="model",
             )
         return served
+
+    def is_current(self, version: DeltaVersion) -> bool:
+        served = self.served.get(version.name)
+        return served is not None and served.current is version
+
+    def will_be_pinned(self, version: DeltaVersion) -> bool:
+        """A candidate of a pinned name."""
+        served = self.served.get(version.name)
+        return served is not None and served.candidate is version and served.pinned
 
     def next_number(self, name: str) -> int:
         served = self.served.get(name)
