@@ -39,8 +39,8 @@ class Counts:
 def require_room(
     limit_bytes: int,
     subject: DeltaVersion,
-    pinned: list[DeltaVersion],
-    others: list[DeltaVersion],
+    pinned: set[DeltaVersion],
+    others: set[DeltaVersion],
 ) -> None:
     """Beside all that is pinned, each of the others must fit, or it could never be served.
 

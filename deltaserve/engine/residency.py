@@ -62,7 +62,7 @@ class Residency:
         version = DeltaVersion(name, number, str(delta.path), manifest.digest, needs, manifest)
         served = self.catalogue.served.get(name)
         pinned = pinned or (served is not None and served.pinned)
-        self._require_room(version, pinned=pinned)
+        self._require_room(version, {version} if pinned else set())
         self.catalogue.add(version, pinned=pinned)
         if load:
             self._wish(version)
@@ -79,17 +79,22 @@ class Residency:
 
     def pin(self, name: str, pinned: bool) -> None:
         """Raises UnknownModelError; ConfigError when too little memory would be left to others."""
-        version = self.catalogue.get(name).current
+        served = self.catalogue.get(name)
         if pinned:
-            self._require_room(version, pinned=True)
-            self._wish(version)
+            successor = {served.candidate} if served.candidate else set()
+            self._require_room(served.current, {served.current} | successor)
+            self._wish(served.current)
         self.catalogue.pin(name, pinned)
 
     def rollback(self, name: str) -> None:
         """Back to the version before, as soon as it is READY; or give up one that is on its way.
 
-        Raises UnknownModelError; ConfigError when there is none.
+        Raises UnknownModelError; ConfigError when there is none, or it is pinned and both versions
+        do not fit.
         """
+        served = self.catalogue.get(name)
+        if served.previous is not None and served.candidate is None and served.pinned:
+            self._require_room(served.previous, {served.previous})
         served = self.catalogue.rollback(name)
         self._wish(served.candidate or served.current)
         self._sweep()
@@ -335,12 +340,11 @@ class Residency:
             version.wished = True
             self.demand.want(version, self.clock())
 
-    def _require_room(self, version: DeltaVersion, *, pinned: bool) -> None:
-        others = [v for v in self.catalogue.versions() if v is not version]
-        fixed = [v for v in others if v.pinned or self.catalogue.will_be_pinned(v)]
-        free = [v for v in others if v not in fixed]
-        (fixed if pinned else free).append(version)
-        require_room(self.device.limits.device_bytes, version, fixed, free)
+    def _require_room(self, subject: DeltaVersion, pinned: set[DeltaVersion]) -> None:
+        """As if ``pinned`` were so already. Raises ConfigError."""
+        versions = {*self.catalogue.versions(), subject}
+        pinned |= {v for v in versions if v.pinned or self.catalogue.will_be_pinned(v)}
+        require_room(self.device.limits.device_bytes, subject, pinned, versions - pinned)
 
     # Merging.
 
