@@ -8,6 +8,8 @@ T packed tokens, K inputs, N outputs, V vocabulary, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,23 @@ from torch import nn
 from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.engine.routing import BASE_SLOT, Segment, StepContext
 from deltaserve.kernels.delta_embedding import delta_embedding
-from deltaserve.kernels.delta_matmul import GroupedDeltas, RowChunks, delta_matmul
+from deltaserve.kernels.delta_matmul import GroupedDeltas, RowChunks, delta_matmul, int4
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored parameter that changes a layer's outputs from ``start`` on."""
+
+    start: int
+    enc: Encoded
+
+    @property
+    def outputs(self) -> slice:
+        return slice(self.start, self.start + self.enc.shape[0])
 
 
 class DeltaLinear(nn.Module):
-    """A projection; weight and bias may change.
+    """A projection, or several of one input side by side; weight and bias may change.
 
     name: its path in the model, for messages. grouped: the weights that a kernel applies for
     all deltas at once; the others are in ``weights``.
@@ -31,17 +45,27 @@ class DeltaLinear(nn.Module):
         self.inner = inner
         self.step = step
         self.grouped = GroupedDeltas(f"{name}.weight", inner.weight, inner.bias is not None)
-        self.weights: dict[int, Encoded] = {}
-        self.biases: dict[int, torch.Tensor] = {}
+        self.weights: dict[int, list[Piece]] = {}
+        self.biases: dict[int, list[Piece]] = {}
         self.num_outputs: dict[int, int] = {}
 
-    def attach(self, slot: int, parameter: str, operand: Encoded) -> None:
+    def prepare(self, parameter: str, pieces: list[Piece]) -> list[Piece]:
+        """What ``attach`` shall keep of a delta's changes: laid out as this device computes.
+
+        Changes nothing and may take long; safe beside a running step.
+        """
+        if parameter == "bias" or self.grouped.serves_layer():
+            return pieces
+        return _join(pieces, self.inner.weight.dtype)
+
+    def attach(self, slot: int, parameter: str, pieces: list[Piece]) -> None:
         if parameter == "bias":
-            self.biases[slot] = operand.tensors["values"]
+            self.biases[slot] = pieces
             return
-        self.num_outputs[slot] = operand.shape[0]
-        if not self.grouped.attach(slot, operand):
-            self.weights[slot] = operand
+        self.num_outputs[slot] = max(piece.outputs.stop for piece in pieces)
+        left = [piece for piece in pieces if not self.grouped.attach(slot, piece.enc)]
+        if left:
+            self.weights[slot] = left
 
     def detach(self, slot: int) -> None:
         self.grouped.detach(slot)
@@ -78,25 +102,93 @@ class DeltaLinear(nn.Module):
         own, for which it would be overwritten."""
         spans, begin = [], 0
         for segment in self.segments():
-            weight = self.weights.get(segment.slot)
-            if weight is not None and weight.codec == "raw":
+            if self._overwritten(segment.slot):
                 if begin < segment.start:
                     spans.append((begin, segment.start))
                 begin = segment.end
         return [*spans, (begin, num_rows)] if begin < num_rows else spans
 
+    def _overwritten(self, slot: int) -> bool:
+        pieces = self.weights.get(slot, ())
+        raw = sum(piece.enc.shape[0] for piece in pieces if piece.enc.codec == "raw")
+        return raw >= self.inner.weight.shape[0]
+
     def correct(self, x_TK: torch.Tensor, y_TN: torch.Tensor) -> None:
         for segment in self.segments():
-            rows = slice(segment.start, segment.end)
-            bias = self.biases.get(segment.slot)
-            if bias is not None:
-                y_TN[rows] += bias - self.inner.bias
-            weight = self.weights.get(segment.slot)
-            if weight is not None:
-                own_bias = self.inner.bias if bias is None else bias
-                delta_matmul(y_TN[rows, : weight.shape[0]], x_TK[rows], weight, own_bias)
+            weights = self.weights.get(segment.slot)
+            biases = self.biases.get(segment.slot)
+            if weights is None and biases is None:
+                continue
+            y_SN, x_SK = y_TN[segment.start : segment.end], x_TK[segment.start : segment.end]
+            bias_N = self.inner.bias
+            if biases:
+                bias_N = self._own_bias(biases)
+                y_SN[:, : len(bias_N)] += bias_N - self.inner.bias
+            for piece in weights or ():
+                out = piece.outputs
+                delta_matmul(y_SN[:, out], x_SK, piece.enc, None if bias_N is None else bias_N[out])
         if self.grouped:
             self.grouped.apply(y_TN, x_TK, self.chunks())
+
+    def _own_bias(self, changes: list[Piece]) -> torch.Tensor:
+        bias_N = self.inner.bias.clone()
+        for piece in changes:
+            bias_N[piece.outputs] = piece.enc.tensors["values"]
+        return bias_N
+
+
+def _join(pieces: list[Piece], dtype: torch.dtype) -> list[Piece]:
+    """On a CPU: whole weights of neighbouring outputs as one, and ``int`` as its operator reads
+    it."""
+    pieces = sorted(pieces, key=lambda piece: piece.start)
+    encs = [piece.enc for piece in pieces]
+    if int4.fusable(encs) and _adjacent(pieces):
+        return [Piece(pieces[0].start, int4.pack(encs, dtype))]
+    if len(encs) > 1 and all(enc.codec == "raw" for enc in encs) and _adjacent(pieces):
+        values = torch.cat([enc.tensors["values"] for enc in encs])
+        whole = replace(encs[0], shape=tuple(values.shape), tensors={"values": values})
+        return [Piece(pieces[0].start, whole)]
+    return [
+        Piece(piece.start, int4.pack([piece.enc], dtype)) if int4.supports(piece.enc) else piece
+        for piece in pieces
+    ]
+
+
+def _adjacent(pieces: list[Piece]) -> bool:
+    return all(a.outputs.stop == b.start for a, b in pairwise(pieces))
+
+
+class SharedProjections:
+    """Projections of one input (q, k and v; gate and up) computed as one, on behalf of the
+    modules that stand in their places and each take their part of the outputs."""
+
+    def __init__(self, layer: DeltaLinear) -> None:
+        self.layer = layer
+        self._input: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+
+    def outputs(self, x: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """x [..., T, K] -> [..., T, end - start]. Computed when ``x`` is first seen."""
+        if x is not self._input:
+            self._input, self._output = x, self.layer(x)
+        assert self._output is not None
+        output = self._output
+        if end == output.shape[-1]:  # nobody else will ask: the step's memory is free
+            self._input = self._output = None
+        return output[..., start:end]
+
+
+class ProjectionPart(nn.Module):
+    """Stands where the model has one of several projections of one input."""
+
+    def __init__(self, shared: SharedProjections, start: int, end: int) -> None:
+        super().__init__()
+        self.shared = shared
+        self.start = start
+        self.end = end
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.shared.outputs(x, self.start, self.end)
 
 
 class DeltaHead(DeltaLinear):
@@ -124,8 +216,12 @@ class DeltaEmbedding(nn.Module):
         self.step = step
         self.weights: dict[int, Encoded] = {}
 
-    def attach(self, slot: int, parameter: str, operand: Encoded) -> None:
-        self.weights[slot] = operand
+    def prepare(self, parameter: str, pieces: list[Piece]) -> list[Piece]:
+        return pieces
+
+    def attach(self, slot: int, parameter: str, pieces: list[Piece]) -> None:
+        (piece,) = pieces
+        self.weights[slot] = piece.enc
 
     def detach(self, slot: int) -> None:
         self.weights.pop(slot, None)
@@ -163,8 +259,12 @@ class DeltaNorm(nn.Module):
         self.weights: dict[int, torch.Tensor] = {}
         self.table_SD = torch.empty(0)
 
-    def attach(self, slot: int, parameter: str, operand: Encoded) -> None:
-        self.weights[slot] = operand.tensors["values"]
+    def prepare(self, parameter: str, pieces: list[Piece]) -> list[Piece]:
+        return pieces
+
+    def attach(self, slot: int, parameter: str, pieces: list[Piece]) -> None:
+        (piece,) = pieces
+        self.weights[slot] = piece.enc.tensors["values"]
         self._rebuild()
 
     def detach(self, slot: int) -> None:
@@ -193,3 +293,11 @@ class DeltaNorm(nn.Module):
 
 
 DeltaModule = DeltaLinear | DeltaEmbedding | DeltaNorm
+"""What computes for all deltas."""
+
+
+def part_of(module: DeltaModule | ProjectionPart) -> tuple[DeltaModule, int]:
+    """The layer that computes a module of the model, and where among its outputs."""
+    if isinstance(module, ProjectionPart):
+        return module.shared.layer, module.start
+    return module, 0

@@ -10,7 +10,15 @@ import torch
 from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.artifact.reader import Delta
-from deltaserve.engine.layers import DeltaEmbedding, DeltaHead, DeltaLinear, DeltaModule
+from deltaserve.engine.layers import (
+    DeltaEmbedding,
+    DeltaHead,
+    DeltaLinear,
+    DeltaModule,
+    Piece,
+    ProjectionPart,
+    part_of,
+)
 from deltaserve.engine.routing import BASE_SLOT
 from deltaserve.engine.types import ModelInfo
 from deltaserve.errors import ArtifactError
@@ -38,7 +46,7 @@ class Residency:
         self,
         base: Checkpoint,
         base_digest: str,
-        modules: dict[str, DeltaModule],
+        modules: dict[str, DeltaModule | ProjectionPart],
         *,
         vocab_size: int,
         dtype: torch.dtype,
@@ -71,15 +79,18 @@ class Residency:
         vocab_size = self.vocab_size
         merge = self._reserve_merged(delta)
         try:
+            changes: dict[tuple[DeltaModule, str], list[Piece]] = {}
             for parameter in delta.names():
                 operand = self._operand(
                     delta, parameter, merge and self._mergeable(delta, parameter)
                 )
-                targets = self._targets(delta, parameter)
-                for module, leaf in targets:
-                    module.attach(slot, leaf, operand)
+                for module, leaf in self._targets(delta, parameter):
+                    layer, start = part_of(module)
+                    changes.setdefault((layer, leaf), []).append(Piece(start, operand))
                     if isinstance(module, DeltaHead) and leaf == "weight":
                         vocab_size = operand.shape[0]
+            for (layer, leaf), pieces in changes.items():
+                layer.attach(slot, leaf, layer.prepare(leaf, pieces))
         except BaseException:
             self._detach(slot)
             raise
@@ -101,7 +112,7 @@ class Residency:
             merged=resident.merged,
         )
 
-    def _targets(self, delta: Delta, parameter: str) -> list[tuple[DeltaModule, str]]:
+    def _targets(self, delta: Delta, parameter: str) -> list[tuple[DeltaModule | ProjectionPart, str]]:
         """The layers that a parameter belongs to: two for an embedding that is also the head."""
         path, _, leaf = parameter.rpartition(".")
         module = self._modules.get(path)
@@ -110,7 +121,7 @@ class Residency:
                 f"{delta.path} changes {parameter}, which the base {self.base.name} does not "
                 "have or the engine cannot change; compress the fine-tune against this base"
             )
-        targets = [(module, leaf)]
+        targets: list[tuple[DeltaModule | ProjectionPart, str]] = [(module, leaf)]
         if isinstance(module, DeltaEmbedding) and self._tied(delta):
             targets.append((self._modules[HEAD], leaf))
         return targets
@@ -119,8 +130,9 @@ class Residency:
         return self.base.tied and f"{HEAD}.weight" not in delta.manifest.tensors
 
     @staticmethod
-    def _has_bias(module: DeltaModule) -> bool:
-        return isinstance(module, DeltaLinear) and module.inner.bias is not None
+    def _has_bias(module: DeltaModule | ProjectionPart) -> bool:
+        layer, _ = part_of(module)
+        return isinstance(layer, DeltaLinear) and layer.inner.bias is not None
 
     def _reserve_merged(self, delta: Delta) -> bool:
         """Take the memory that merging this delta needs, if there is as much left."""
@@ -139,7 +151,7 @@ class Residency:
         """A packed projection: embeddings are read by the row, and low rank is cheap as it is."""
         module = self._modules.get(parameter.rpartition(".")[0])
         packed = delta.manifest.tensors[parameter].codec in ("int", "nm24", "nf4")
-        return packed and isinstance(module, DeltaLinear)
+        return packed and isinstance(module, DeltaLinear | ProjectionPart)
 
     def _operand(self, delta: Delta, parameter: str, merge: bool) -> Encoded:
         """What the layer keeps: packed where the codec is applied packed, else the values."""
@@ -164,4 +176,4 @@ class Residency:
 
     def _detach(self, slot: int) -> None:
         for module in self._modules.values():
-            module.detach(slot)
+            part_of(module)[0].detach(slot)

@@ -66,9 +66,12 @@ class GroupedDeltas:
     def __len__(self) -> int:
         return sum(len(table.operands) for table in self.tables.values())
 
+    def serves_layer(self) -> bool:
+        return dispatch.has_kernels(self.base_NK)
+
     def attach(self, slot: int, enc: Encoded) -> bool:
         """Lay the operand out for its kernel; False if none takes it."""
-        if not dispatch.has_kernels(self.base_NK):
+        if not self.serves_layer():
             return False
         if not dispatch.takes_kernel(self.name, enc, self.base_NK.dtype, bias=self.bias):
             return False
