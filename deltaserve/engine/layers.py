@@ -46,8 +46,9 @@ class DeltaLinear(nn.Module):
         self.step = step
         self.grouped = GroupedDeltas(f"{name}.weight", inner.weight, inner.bias is not None)
         self.weights: dict[int, list[Piece]] = {}
-        self.biases: dict[int, list[Piece]] = {}
+        self.biases: dict[int, torch.Tensor] = {}
         self.num_outputs: dict[int, int] = {}
+        self.replaced: set[int] = set()  # slots whose weights replace all of the base's outputs
 
     def prepare(self, parameter: str, pieces: list[Piece]) -> list[Piece]:
         """What ``attach`` shall keep of a delta's changes: laid out as this device computes.
@@ -60,17 +61,22 @@ class DeltaLinear(nn.Module):
 
     def attach(self, slot: int, parameter: str, pieces: list[Piece]) -> None:
         if parameter == "bias":
-            self.biases[slot] = pieces
+            own_N = self.biases[slot] = self.inner.bias.clone()
+            for piece in pieces:
+                own_N[piece.outputs] = piece.enc.tensors["values"]
             return
         self.num_outputs[slot] = max(piece.outputs.stop for piece in pieces)
         left = [piece for piece in pieces if not self.grouped.attach(slot, piece.enc)]
         if left:
             self.weights[slot] = left
+        if sum(p.enc.shape[0] for p in left if p.enc.codec == "raw") >= len(self.inner.weight):
+            self.replaced.add(slot)
 
     def detach(self, slot: int) -> None:
         self.grouped.detach(slot)
         for held in (self.weights, self.biases, self.num_outputs):
             held.pop(slot, None)
+        self.replaced.discard(slot)
 
     def segments(self) -> Iterable[Segment]:
         return self.step.routing.tokens
@@ -102,39 +108,26 @@ class DeltaLinear(nn.Module):
         own, for which it would be overwritten."""
         spans, begin = [], 0
         for segment in self.segments():
-            if self._overwritten(segment.slot):
+            if segment.slot in self.replaced:
                 if begin < segment.start:
                     spans.append((begin, segment.start))
                 begin = segment.end
         return [*spans, (begin, num_rows)] if begin < num_rows else spans
 
-    def _overwritten(self, slot: int) -> bool:
-        pieces = self.weights.get(slot, ())
-        raw = sum(piece.enc.shape[0] for piece in pieces if piece.enc.codec == "raw")
-        return raw >= self.inner.weight.shape[0]
-
     def correct(self, x_TK: torch.Tensor, y_TN: torch.Tensor) -> None:
         for segment in self.segments():
-            weights = self.weights.get(segment.slot)
-            biases = self.biases.get(segment.slot)
-            if weights is None and biases is None:
-                continue
-            y_SN, x_SK = y_TN[segment.start : segment.end], x_TK[segment.start : segment.end]
-            bias_N = self.inner.bias
-            if biases:
-                bias_N = self._own_bias(biases)
-                y_SN[:, : len(bias_N)] += bias_N - self.inner.bias
-            for piece in weights or ():
+            weights, bias_N = self.weights.get(segment.slot, ()), self.biases.get(segment.slot)
+            rows = slice(segment.start, segment.end)
+            if bias_N is None:
+                bias_N = self.inner.bias
+            else:
+                y_TN[rows, : len(bias_N)] += bias_N - self.inner.bias
+            for piece in weights:
                 out = piece.outputs
-                delta_matmul(y_SN[:, out], x_SK, piece.enc, None if bias_N is None else bias_N[out])
+                own_N = None if bias_N is None else bias_N[out]
+                delta_matmul(y_TN[rows, out], x_TK[rows], piece.enc, own_N)
         if self.grouped:
             self.grouped.apply(y_TN, x_TK, self.chunks())
-
-    def _own_bias(self, changes: list[Piece]) -> torch.Tensor:
-        bias_N = self.inner.bias.clone()
-        for piece in changes:
-            bias_N[piece.outputs] = piece.enc.tensors["values"]
-        return bias_N
 
 
 def _join(pieces: list[Piece], dtype: torch.dtype) -> list[Piece]:
@@ -143,14 +136,15 @@ def _join(pieces: list[Piece], dtype: torch.dtype) -> list[Piece]:
     pieces = sorted(pieces, key=lambda piece: piece.start)
     encs = [piece.enc for piece in pieces]
     if int4.fusable(encs) and _adjacent(pieces):
-        return [Piece(pieces[0].start, int4.pack(encs, dtype))]
+        return [Piece(pieces[0].start, enc) for enc in int4.pack(encs, dtype)]
     if len(encs) > 1 and all(enc.codec == "raw" for enc in encs) and _adjacent(pieces):
         values = torch.cat([enc.tensors["values"] for enc in encs])
         whole = replace(encs[0], shape=tuple(values.shape), tensors={"values": values})
         return [Piece(pieces[0].start, whole)]
     return [
-        Piece(piece.start, int4.pack([piece.enc], dtype)) if int4.supports(piece.enc) else piece
+        Piece(piece.start, enc)
         for piece in pieces
+        for enc in (int4.pack([piece.enc], dtype) if int4.supports(piece.enc) else [piece.enc])
     ]
 
 
@@ -294,9 +288,11 @@ class DeltaNorm(nn.Module):
 
 DeltaModule = DeltaLinear | DeltaEmbedding | DeltaNorm
 """What computes for all deltas."""
+Wrapper = DeltaModule | ProjectionPart
+"""What stands in the model in place of one of its modules."""
 
 
-def part_of(module: DeltaModule | ProjectionPart) -> tuple[DeltaModule, int]:
+def part_of(module: Wrapper) -> tuple[DeltaModule, int]:
     """The layer that computes a module of the model, and where among its outputs."""
     if isinstance(module, ProjectionPart):
         return module.shared.layer, module.start

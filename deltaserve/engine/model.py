@@ -20,6 +20,7 @@ from deltaserve.engine.layers import (
     DeltaNorm,
     ProjectionPart,
     SharedProjections,
+    Wrapper,
 )
 from deltaserve.engine.routing import StepContext
 from deltaserve.errors import CheckpointError
@@ -106,21 +107,19 @@ def _attention(
     return out_THD[None], None
 
 
-def make_delta_aware(
-    model: nn.Module, architecture: str, step: StepContext
-) -> dict[str, DeltaModule | ProjectionPart]:
+def make_delta_aware(model: nn.Module, architecture: str, step: StepContext) -> dict[str, Wrapper]:
     """Wrap embeddings, projections, norms and head in place -> wrapper by module path."""
     family = family_of(architecture)
     found = list(model.named_modules())
-    wrapped: dict[str, DeltaModule | ProjectionPart] = {}
+    wrapped: dict[str, Wrapper] = {}
     for path, module in found:
         wrapper = _wrap(path, module, step, family.head_norm_token_dim)
         if wrapper is not None:
             wrapped[path] = wrapper
     if next(model.parameters()).device.type == "cpu":
         wrapped |= _share_inputs(wrapped, step)
-    for path, wrapper in wrapped.items():
-        model.set_submodule(path, wrapper)
+    for path, stand_in in wrapped.items():
+        model.set_submodule(path, stand_in)
     return wrapped
 
 
@@ -137,9 +136,7 @@ def _wrap(
     return None
 
 
-def _share_inputs(
-    wrapped: dict[str, DeltaModule | ProjectionPart], step: StepContext
-) -> dict[str, ProjectionPart]:
+def _share_inputs(wrapped: dict[str, Wrapper], step: StepContext) -> dict[str, ProjectionPart]:
     """Parts in place of the projections that read the same input.
 
     On a CPU a call costs about as much as a few rows of it; the grouped kernels of a GPU are
@@ -151,15 +148,18 @@ def _share_inputs(
         for names in SHARED_INPUTS:
             if name == names[0]:
                 paths = [f"{parent}.{other}" for other in names]
-                layers = [wrapped.get(other) for other in paths]
-                if all(type(layer) is DeltaLinear for layer in layers):
-                    parts |= zip(paths, _share([l.inner for l in layers], step, path), strict=True)
+                found = [wrapped.get(other) for other in paths]
+                layers = [layer for layer in found if isinstance(layer, DeltaLinear)]
+                biased = {layer.inner.bias is not None for layer in layers}
+                if len(layers) == len(paths) and len(biased) == 1:
+                    shared = _share([layer.inner for layer in layers], step, path)
+                    parts |= zip(paths, shared, strict=True)
     return parts
 
 
 def _share(projections: list[nn.Linear], step: StepContext, path: str) -> list[ProjectionPart]:
     """One layer of all outputs, side by side; nothing keeps the old weights."""
-    whole = nn.Linear(0, 0, bias=False)
+    whole = nn.Linear(1, 1, bias=False, device="meta")
     whole.weight = nn.Parameter(torch.cat([p.weight for p in projections]), requires_grad=False)
     if projections[0].bias is not None:
         whole.bias = nn.Parameter(torch.cat([p.bias for p in projections]), requires_grad=False)

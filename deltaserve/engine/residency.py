@@ -17,6 +17,7 @@ from deltaserve.engine.layers import (
     DeltaModule,
     Piece,
     ProjectionPart,
+    Wrapper,
     part_of,
 )
 from deltaserve.engine.routing import BASE_SLOT
@@ -46,7 +47,7 @@ class Residency:
         self,
         base: Checkpoint,
         base_digest: str,
-        modules: dict[str, DeltaModule | ProjectionPart],
+        modules: dict[str, Wrapper],
         *,
         vocab_size: int,
         dtype: torch.dtype,
@@ -112,7 +113,7 @@ class Residency:
             merged=resident.merged,
         )
 
-    def _targets(self, delta: Delta, parameter: str) -> list[tuple[DeltaModule | ProjectionPart, str]]:
+    def _targets(self, delta: Delta, parameter: str) -> list[tuple[Wrapper, str]]:
         """The layers that a parameter belongs to: two for an embedding that is also the head."""
         path, _, leaf = parameter.rpartition(".")
         module = self._modules.get(path)
@@ -121,7 +122,7 @@ class Residency:
                 f"{delta.path} changes {parameter}, which the base {self.base.name} does not "
                 "have or the engine cannot change; compress the fine-tune against this base"
             )
-        targets: list[tuple[DeltaModule | ProjectionPart, str]] = [(module, leaf)]
+        targets: list[tuple[Wrapper, str]] = [(module, leaf)]
         if isinstance(module, DeltaEmbedding) and self._tied(delta):
             targets.append((self._modules[HEAD], leaf))
         return targets
@@ -130,7 +131,7 @@ class Residency:
         return self.base.tied and f"{HEAD}.weight" not in delta.manifest.tensors
 
     @staticmethod
-    def _has_bias(module: DeltaModule | ProjectionPart) -> bool:
+    def _has_bias(module: Wrapper) -> bool:
         layer, _ = part_of(module)
         return isinstance(layer, DeltaLinear) and layer.inner.bias is not None
 

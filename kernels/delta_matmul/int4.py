@@ -1,6 +1,6 @@
 """Delta matmul of ``int`` up to 4 bits on a CPU, by torch's own 4-bit matmul.
 
-T rows, K inputs, N outputs, P planes, G groups per row. The operator multiplies by
+T rows, K inputs, N outputs, G groups per row. The operator multiplies by
 ``(code - 8) * scale + zero`` with codes of 4 bits. The codecs' symmetric levels,
 ``(q - (2^b - 1) / 2) * s``, are the same numbers as ``(2q - (2^b - 1)) * (s / 2)``: up to 3 bits
 these odd integers fit between -8 and 7, and with 4 bits a zero of ``s / 2`` does it, so nothing
@@ -41,29 +41,30 @@ def fusable(encs: Sequence[Encoded]) -> bool:
     )
 
 
-def pack(encs: Sequence[Encoded], dtype: torch.dtype) -> Encoded:
-    """One operand of ``int`` matrices that share their K inputs, for activations in ``dtype``.
+def pack(encs: Sequence[Encoded], dtype: torch.dtype) -> list[Encoded]:
+    """``int`` matrices that share their K inputs as one, for activations in ``dtype``; by plane.
 
-    packed uint8 [P, N, K / 2] in the operator's own order; scales [P, G, N, 2]: scale, zero.
+    packed uint8 [N, K / 2] in the operator's own order; scales [G, N, 2]: scale and zero.
     """
     size = _group_size(encs)
     assert size is not None, "ask supports or fusable first"
-    rows = sum(matrix_shape(enc.shape)[0] for enc in encs)
-    columns = matrix_shape(encs[0].shape)[1]
-    packed, scales = [], []
+    shape = (sum(matrix_shape(enc.shape)[0] for enc in encs), matrix_shape(encs[0].shape)[1])
+    planes = []
     for plane in range(encs[0].params["planes"]):
         codes = torch.cat([_codes(enc, plane) for enc in encs])
-        packed.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, _INNER_TILES))
-        scales.append(torch.cat([_scales(enc, plane, size, dtype) for enc in encs], dim=1))
-    tensors = {"packed": torch.stack(packed), "scales": torch.stack(scales)}
-    return Encoded(CODEC, {"group_size": size}, (rows, columns), dtype, tensors)
+        tensors = {
+            "packed": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, _INNER_TILES),
+            "scales": torch.cat([_scales(enc, plane, size, dtype) for enc in encs], dim=1),
+        }
+        planes.append(Encoded(CODEC, {"group_size": size}, shape, dtype, tensors))
+    return planes
 
 
 def delta_matmul(y_TN: torch.Tensor, x_TK: torch.Tensor, enc: Encoded) -> None:
     """Add ``x @ delta^T`` to y in place."""
+    packed, scales = enc.tensors["packed"], enc.tensors["scales"]
     size = enc.params["group_size"]
-    for packed, scales in zip(enc.tensors["packed"], enc.tensors["scales"], strict=True):
-        y_TN.add_(torch.ops.aten._weight_int4pack_mm_for_cpu(x_TK, packed, size, scales))
+    y_TN.add_(torch.ops.aten._weight_int4pack_mm_for_cpu(x_TK, packed, size, scales))
 
 
 def _group_size(encs: Sequence[Encoded]) -> int | None:
