@@ -81,17 +81,21 @@ class Residency:
         merge = self._reserve_merged(delta)
         try:
             changes: dict[tuple[DeltaModule, str], list[Piece]] = {}
+            merged: dict[DeltaLinear, list[Piece]] = {}
             for parameter in delta.names():
-                operand = self._operand(
-                    delta, parameter, merge and self._mergeable(delta, parameter)
-                )
+                operand = self._operand(delta, parameter, False)
                 for module, leaf in self._targets(delta, parameter):
                     layer, start = part_of(module)
                     changes.setdefault((layer, leaf), []).append(Piece(start, operand))
+                    if merge and isinstance(layer, DeltaLinear) and leaf == "weight":
+                        values = self._operand(delta, parameter, True)
+                        merged.setdefault(layer, []).append(Piece(start, values))
                     if isinstance(module, DeltaHead) and leaf == "weight":
                         vocab_size = operand.shape[0]
             for (layer, leaf), pieces in changes.items():
                 layer.attach(slot, leaf, layer.prepare(leaf, pieces))
+            for layer, pieces in merged.items():
+                layer.attach_merged(slot, layer.merge(pieces))
         except BaseException:
             self._detach(slot)
             raise
