@@ -56,6 +56,13 @@ class DeviceTier:
         assert version.slot is not None
         self._attaching.append((version, operands.attach(version.slot)))
 
+    def detach_merged(self, version: DeltaVersion) -> None:
+        """It goes on packed."""
+        assert version.slot is not None
+        assert version.merged is not None
+        self._attaching = deque(item for item in self._attaching if item[0] is not version)
+        version.merged.detach_merged(version.slot)
+
     def attach(self) -> Iterator[tuple[DeltaVersion, str | None]]:
         """Go on attaching as far as the time between two steps allows -> (version, error)."""
         end = time.perf_counter() + self.limits.attach_s

@@ -77,7 +77,7 @@ class Merger:
         for version in versions:
             gain = self._gains.get(version)
             fits = version.needs.merged_bytes <= self.limit_bytes - self.used_bytes
-            if gain is not None and fits and gain.savings.of(8) > 0:
+            if gain is not None and fits and max(gain.savings.seconds) > 0:
                 yield version
 
     def start(self, version: DeltaVersion) -> None:

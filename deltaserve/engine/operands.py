@@ -9,14 +9,27 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
+from typing import TypeGuard
 
 import torch
 
 from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.codecs.base import Encoded
-from deltaserve.artifact.manifest import Manifest, TensorEntry
+from deltaserve.artifact.manifest import TensorEntry
 from deltaserve.artifact.reader import Delta
-from deltaserve.engine.layers import DeltaEmbedding, DeltaHead, DeltaLinear, DeltaModule, DeltaNorm
+from deltaserve.engine.layers import (
+    MERGED,
+    DeltaEmbedding,
+    DeltaHead,
+    DeltaLinear,
+    DeltaModule,
+    DeltaNorm,
+    ProjectionPart,
+    Wrapper,
+    part_of,
+)
+from deltaserve.engine.pieces import Piece, Pieces, packed_bytes
 from deltaserve.engine.transfer import Transfer
 from deltaserve.errors import ArtifactError
 from deltaserve.kernels.delta_matmul import LaidOut
@@ -44,11 +57,11 @@ class Needs:
 
 @dataclass(frozen=True, eq=False)
 class Binding:
-    """One parameter for one layer, as the layer wants it."""
+    """One parameter of a layer, as the layer wants it."""
 
-    module: DeltaModule
+    layer: DeltaModule
     leaf: str
-    operand: Encoded | LaidOut
+    pieces: Pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,17 +73,18 @@ class Operands:
     def attach(self, slot: int) -> Iterator[None]:
         """Give them to the layers, one with each ``next``: nothing is copied but norms."""
         for binding in self.bindings:
-            binding.module.attach(slot, binding.leaf, binding.operand)  # type: ignore[arg-type]
+            binding.layer.attach(slot, binding.leaf, binding.pieces)
             yield
 
     def detach(self, slot: int) -> None:
         for binding in self.bindings:
-            binding.module.detach(slot)
+            binding.layer.detach(slot)
 
-    def replaced_by(self, merged: Operands) -> Operands:
-        """Those whose place ``merged`` takes."""
-        places = {(id(b.module), b.leaf) for b in merged.bindings}
-        return Operands(tuple(b for b in self.bindings if (id(b.module), b.leaf) in places))
+    def detach_merged(self, slot: int) -> None:
+        """Leave the packed ones that these were merged from."""
+        for binding in self.bindings:
+            assert isinstance(binding.layer, DeltaLinear), "only projections are merged"
+            binding.layer.detach_merged(slot)
 
     @cached_property
     def num_bytes(self) -> int:
@@ -82,7 +96,7 @@ class Operands:
 
     @cached_property
     def _by_address(self) -> dict[int, int]:
-        tensors = (tensor for b in self.bindings for tensor in _tensors(b.operand))
+        tensors = (tensor for b in self.bindings for tensor in _tensors(b))
         return {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.nbytes}
 
 
@@ -92,7 +106,7 @@ class OperandMaker:
     def __init__(
         self,
         base: Checkpoint,
-        modules: dict[str, DeltaModule],
+        modules: dict[str, Wrapper],
         *,
         vocab_size: int,
         dtype: torch.dtype,
@@ -106,21 +120,26 @@ class OperandMaker:
 
     def needs(self, delta: Delta) -> Needs:
         """Raises ArtifactError for parameters that no layer of this base has, or not so."""
-        manifest = delta.manifest
+        tensors = delta.manifest.tensors
         total = step = merged = 0
         vocab_size = self.vocab_size
-        for name, entry in manifest.tensors.items():
-            targets = self._targets(delta, name)
-            size = self._operand_bytes(entry)
+        counted: set[str] = set()  # an operand of two layers is in memory once
+        for (layer, leaf), members in self._changes(delta, delta.names()).items():
+            entries = [tensors[name] for name in members]
+            size, kept = 0, set(members)
+            if leaf == "weight" and isinstance(layer, DeltaLinear) and layer.joins_inputs():
+                size, left = packed_bytes(list(members.values()), entries, self._dtype)
+                kept = {list(members)[i] for i in left}
+            size += sum(self._operand_bytes(tensors[name]) for name in kept - counted)
+            counted |= kept
             total += size
-            heads = any(isinstance(module, DeltaHead) for module, _ in targets)
-            if heads or not isinstance(targets[0][0], DeltaEmbedding):
+            if not isinstance(layer, DeltaEmbedding):
                 step += size
-            if heads and name.endswith(".weight"):
-                vocab_size = entry.shape[0]
-            if self._mergeable(manifest, name):
-                merged += math.prod(entry.shape) * self._dtype.itemsize
-        image = sum(entry.bytes for entry in manifest.tensors.values())
+            if isinstance(layer, DeltaHead) and leaf == "weight":
+                vocab_size = entries[0].shape[0]
+            if _mergeable(layer, leaf, entries):
+                merged += layer.merged_bytes(entries)
+        image = sum(entry.bytes for entry in tensors.values())
         return Needs(total, step, merged, image, vocab_size)
 
     def make(self, delta: Delta) -> Operands:
@@ -132,21 +151,38 @@ class OperandMaker:
 
         So one rounding differs from the packed computation, base's output + delta's output.
         """
-        names = [name for name in delta.names() if self._mergeable(delta.manifest, name)]
-        return self._bind(delta, names, merge=True)
+        return self._bind(delta, delta.names(), merge=True)
 
     def _bind(self, delta: Delta, names: list[str], *, merge: bool) -> Operands:
+        tensors = delta.manifest.tensors
         bindings = []
+        made: dict[str, Encoded] = {}  # an operand of two layers is made once
         with self._transfer.stream():
-            for name in names:
-                operand = self._operand(delta, name, merge)
-                for module, leaf in self._targets(delta, name):
-                    prepared = module.prepare(leaf, operand)
-                    bindings.append(Binding(module, leaf, prepared))
-            self._transfer.hand_over(t for b in bindings for t in _tensors(b.operand))
+            for (layer, leaf), members in self._changes(delta, names).items():
+                if merge and not _mergeable(layer, leaf, [tensors[name] for name in members]):
+                    continue
+                for name in members.keys() - made.keys():
+                    made[name] = self._operand(delta, name, merge)
+                pieces = tuple(Piece(start, made[name]) for name, start in members.items())
+                kind = MERGED if merge else leaf
+                bindings.append(Binding(layer, kind, layer.prepare(kind, pieces)))
+            self._transfer.hand_over(t for b in bindings for t in _tensors(b))
         return Operands(tuple(bindings))
 
-    def _targets(self, delta: Delta, parameter: str) -> list[tuple[DeltaModule, str]]:
+    def _changes(
+        self, delta: Delta, names: list[str]
+    ) -> dict[tuple[DeltaModule, str], dict[str, int]]:
+        """(layer, its parameter) -> the delta's parameters in it, and where they start."""
+        found: dict[tuple[DeltaModule, str], dict[str, int]] = {}
+        for name in names:
+            for module, leaf in self._targets(delta, name):
+                layer, start = part_of(module)
+                found.setdefault((layer, leaf), {})[name] = start
+        return {
+            key: dict(sorted(members.items(), key=itemgetter(1))) for key, members in found.items()
+        }
+
+    def _targets(self, delta: Delta, parameter: str) -> list[tuple[Wrapper, str]]:
         """The layers that a parameter belongs to: two for an embedding that is also the head."""
         path, _, leaf = parameter.rpartition(".")
         module = self.modules.get(path)
@@ -157,19 +193,13 @@ class OperandMaker:
                 f"{self.base.name} does not have or the engine cannot change; compress the "
                 "fine-tune against this base"
             )
-        targets = [(module, leaf)]
+        targets: list[tuple[Wrapper, str]] = [(module, leaf)]
         if isinstance(module, DeltaEmbedding) and self._tied(delta):
             targets.append((self.modules[HEAD], leaf))
         return targets
 
     def _tied(self, delta: Delta) -> bool:
         return self.base.tied and f"{HEAD}.weight" not in delta.manifest.tensors
-
-    def _mergeable(self, manifest: Manifest, parameter: str) -> bool:
-        """A packed projection: embeddings are read by the row, and low rank is cheap as it is."""
-        module = self.modules.get(parameter.rpartition(".")[0])
-        packed = manifest.tensors[parameter].codec in MERGEABLE
-        return packed and isinstance(module, DeltaLinear)
 
     def _operand(self, delta: Delta, parameter: str, merge: bool) -> Encoded:
         """What the layer keeps: packed where the codec is applied packed, else the values."""
@@ -209,21 +239,32 @@ def _decoded(codec: str, shape: tuple[int, ...]) -> bool:
     return codec in ("raw", "xor") or len(shape) < 2
 
 
-def _tensors(operand: Encoded | LaidOut) -> Iterable[torch.Tensor]:
-    return operand.parts if isinstance(operand, LaidOut) else operand.tensors.values()
+def _tensors(binding: Binding) -> Iterator[torch.Tensor]:
+    for piece in binding.pieces:
+        operand = piece.operand
+        yield from operand.parts if isinstance(operand, LaidOut) else operand.tensors.values()
 
 
-def _fits(module: DeltaModule, leaf: str, entry: TensorEntry) -> bool:
+def _mergeable(layer: DeltaModule, leaf: str, entries: list[TensorEntry]) -> TypeGuard[DeltaLinear]:
+    """A packed projection: whole values need no merging, and low rank is cheap as it is."""
+    packed = any(entry.codec in MERGEABLE for entry in entries)
+    return packed and leaf == "weight" and isinstance(layer, DeltaLinear)
+
+
+def _fits(module: Wrapper, leaf: str, entry: TensorEntry) -> bool:
     """Whether the layer can take the parameter: only vocabularies may differ from the base's."""
     if not entry.torch_dtype.is_floating_point:
         return False
     if isinstance(module, DeltaNorm):
         return leaf == "weight" and entry.shape == tuple(module.base_weight.shape)
+    layer, _ = part_of(module)
+    outputs = module.end - module.start if isinstance(module, ProjectionPart) else None
     if leaf == "bias":
-        return isinstance(module, DeltaLinear) and (
-            module.inner.bias is not None and entry.shape == tuple(module.inner.bias.shape)
+        return isinstance(layer, DeltaLinear) and (
+            layer.inner.bias is not None and entry.shape == (outputs or len(layer.inner.bias),)
         )
-    own = tuple(module.inner.weight.shape)
+    assert isinstance(layer, DeltaLinear | DeltaEmbedding)
+    own = (outputs or layer.inner.weight.shape[0], layer.inner.weight.shape[1])
     if isinstance(module, DeltaHead | DeltaEmbedding):
         return leaf == "weight" and len(entry.shape) == 2 and entry.shape[1:] == own[1:]
     return leaf == "weight" and entry.shape == own

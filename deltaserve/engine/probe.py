@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from deltaserve.artifact.codecs.base import Encoded
-from deltaserve.engine.layers import DeltaLinear
+from deltaserve.engine.layers import MERGED_ROWS, DeltaLinear
 from deltaserve.engine.operands import MERGEABLE, Operands
-from deltaserve.kernels.delta_matmul import LaidOut, delta_matmul
+from deltaserve.engine.pieces import Piece
+from deltaserve.kernels.delta_matmul import LaidOut, delta_matmul, int4
 
-ROWS = (1, 8, 32)
+ROWS = (MERGED_ROWS, 4 * MERGED_ROWS, 16 * MERGED_ROWS)
 REPEATS = 3
 
 
@@ -28,7 +27,10 @@ class Savings:
     seconds: tuple[float, ...]
 
     def of(self, rows: int) -> float:
-        """Between measured numbers of rows a straight line, outside them the nearest."""
+        """Between measured numbers of rows a straight line, beyond the last as that; nothing
+        below the first, where the packed weights serve."""
+        if rows < self.rows[0]:
+            return 0.0
         return float(np.interp(rows, self.rows, self.seconds))
 
 
@@ -37,7 +39,8 @@ BY_ROWS = Savings((0, 4096), (0.0, 1.0))
 
 
 class Prober:
-    """Measures each kind of projection once: packed correction against dense projection."""
+    """Measures each kind of projection once: base and packed correction against one whole
+    weight."""
 
     def __init__(self) -> None:
         self._measured: dict[str, tuple[float, ...]] = {}
@@ -47,35 +50,39 @@ class Prober:
         """The sum over a delta's projections. A few milliseconds for a new kind, else nothing."""
         kinds: Counter[str] = Counter()
         for binding in operands.bindings:
-            module, operand = binding.module, binding.operand
-            if isinstance(operand, LaidOut):
+            layer = binding.layer
+            if any(isinstance(piece.operand, LaidOut) for piece in binding.pieces):
                 return BY_ROWS
-            if isinstance(module, DeltaLinear) and operand.codec in MERGEABLE:
-                kind = f"{operand.codec} {operand.params} {operand.shape}"
-                kinds[kind] += 1
-                if kind not in self._measured:
-                    self._measured[kind] = _measure(module.inner.weight, operand)
+            if isinstance(layer, DeltaLinear) and binding.leaf == "weight":
+                packed = [p for p in binding.pieces if p.enc.codec in (*MERGEABLE, int4.CODEC)]
+                kind = " ".join(f"{p.enc.codec} {p.enc.params} {p.enc.shape}" for p in packed)
+                kinds[kind] += bool(packed)
+                if packed and kind not in self._measured:
+                    self._measured[kind] = _measure(layer.inner.weight, packed)
         totals = [0.0] * len(ROWS)
         for kind, count in kinds.items():
-            for i, seconds in enumerate(self._measured[kind]):
-                totals[i] += count * seconds
+            if count:
+                for i, seconds in enumerate(self._measured[kind]):
+                    totals[i] += count * seconds
         return Savings(ROWS, tuple(totals))
 
 
-def _measure(base_NK: torch.Tensor, operand: Encoded) -> tuple[float, ...]:
-    """Packed minus dense, for each of ROWS. The base's own output is needed by others anyway."""
+def _measure(base_NK: torch.Tensor, packed: list[Piece]) -> tuple[float, ...]:
+    """What the packed pieces cost for each of ROWS.
+
+    Without them, merged rows cost what they cost the base, of which they need nothing: about
+    even.
+    """
     found = []
     for rows in ROWS:
-        x_TK = torch.zeros(rows, operand.shape[1], dtype=base_NK.dtype)
-        y_TN = torch.zeros(rows, operand.shape[0], dtype=base_NK.dtype)
+        x_TK = torch.zeros(rows, base_NK.shape[1], dtype=base_NK.dtype)
+        y_TN = torch.zeros(rows, max(len(base_NK), packed[-1].outputs.stop), dtype=base_NK.dtype)
 
-        def packed(x: torch.Tensor = x_TK, y: torch.Tensor = y_TN) -> None:
-            delta_matmul(y, x, operand)
+        def work(x: torch.Tensor = x_TK, y: torch.Tensor = y_TN) -> None:
+            for piece in packed:
+                delta_matmul(y[:, piece.outputs], x, piece.enc)
 
-        def dense(x: torch.Tensor = x_TK) -> None:
-            F.linear(x, base_NK)
-
-        found.append(_best(packed) - _best(dense))
+        found.append(_best(work))
     return tuple(found)
 
 

@@ -147,8 +147,8 @@ class Residency:
 
     def step_bytes(self, slot: int) -> int:
         """See ``DeltaStore``."""
-        version = self.device.by_slot[slot]
-        return version.needs.step_bytes if version.merged is None else version.needs.merged_bytes
+        # Also of a merged delta: the few rows that a decode step has of it run packed.
+        return self.device.by_slot[slot].needs.step_bytes
 
     # What happens between two steps.
 
@@ -353,9 +353,7 @@ class Residency:
         if version is None or version.state is not State.READY:
             return
         for victim in victims:
-            assert victim.merged is not None
-            assert victim.operands is not None
-            self.device.attach_soon(victim, victim.operands.replaced_by(victim.merged))
+            self.device.detach_merged(victim)
             self.merger.undo(victim)
         self._merge(version)
 

@@ -68,15 +68,17 @@ class GroupedDeltas:
 
     def attach(self, slot: int, enc: Encoded) -> bool:
         """Lay the operand out for its kernel and put it there; False if none takes it."""
-        operand = self.prepare(enc)
+        operand = self.prepare(enc) if self.serves_layer() else None
         if operand is not None:
             self.put(slot, operand)
         return operand is not None
 
+    def serves_layer(self) -> bool:
+        """Whether there are kernels for this layer's device and dtype."""
+        return dispatch.has_kernels(self.base_NK)
+
     def prepare(self, enc: Encoded) -> Operand | None:
         """The operand as its kernel wants it, None if no kernel takes it. In any thread."""
-        if not dispatch.has_kernels(self.base_NK):
-            return None
         if not dispatch.takes_kernel(self.name, enc, self.base_NK.dtype, bias=self.bias):
             return None
         return lay_out(enc)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMa
 
 from deltaserve.compress.run import compress
 from deltaserve.engine.families import context_limit
+from deltaserve.engine.layers import part_of
 from deltaserve.errors import (
     ArtifactError,
     BaseMismatchError,
@@ -85,7 +86,7 @@ def test_a_parameter_that_no_layer_has_is_named_and_nothing_stays(base: Path, de
     with pytest.raises(ArtifactError, match=r"model\.norm\.weight"):
         engine.register("tune", str(delta))
     assert [model.name for model in engine.models()] == [BASE]
-    assert not any(module.weights for module in [*modules.values(), norm])
+    assert not any(part_of(module)[0].weights for module in [*modules.values(), norm])
 
 
 def test_sizes_that_cannot_work_are_refused_with_numbers(base: Path) -> None:
