@@ -71,6 +71,17 @@ PrefixCaching = Annotated[
         show_default=False,
     ),
 ]
+DeltaBytes = Annotated[
+    int | None,
+    typer.Option(help="Memory of the device for deltas. (default: chosen by the engine)"),
+]
+HostBytes = Annotated[
+    int | None,
+    typer.Option(
+        help="Memory for deltas that were read but do not fit on the device. "
+        "(default: chosen by the engine)"
+    ),
+]
 MergeBytes = Annotated[
     int | None,
     typer.Option(
@@ -96,6 +107,8 @@ def run(
     block_size: BlockSize = None,
     kv_cache_memory_bytes: KvBytes = None,
     enable_prefix_caching: PrefixCaching = None,
+    delta_memory_bytes: DeltaBytes = None,
+    host_memory_bytes: HostBytes = None,
     merge_memory_bytes: MergeBytes = None,
 ) -> None:
     """Serve a base model and its deltas behind an OpenAI-compatible endpoint."""

@@ -48,10 +48,13 @@ class Merger:
         """Merged deltas."""
         return sum(version.merged is not None for version in self._merged)
 
+    def could_hold(self, version: DeltaVersion) -> bool:
+        """It has something to merge, and there is memory for it if for nobody else."""
+        return 0 < version.needs.merged_bytes <= self.limit_bytes
+
     def add(self, version: DeltaVersion, savings: Savings) -> None:
         """A delta is on the device."""
-        if 0 < version.needs.merged_bytes <= self.limit_bytes:
-            self._gains[version] = Gain(savings)
+        self._gains[version] = Gain(savings)
 
     def count(self, version: DeltaVersion, rows: int) -> None:
         """A step had so many rows of it."""

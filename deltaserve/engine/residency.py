@@ -235,10 +235,11 @@ class Residency:
             self._stop_draining()
 
     def _load(self, version: DeltaVersion) -> None:
-        def work() -> tuple[Delta, Operands, Savings]:
+        def work() -> tuple[Delta, Operands, Savings | None]:
             image = version.image or self.source.read(version)
             operands = self.maker.make(image)
-            return image, operands, self.gauge.savings(operands)
+            mergeable = self.merger.could_hold(version)
+            return image, operands, self.gauge.savings(operands) if mergeable else None
 
         self.device.reserve(version, version.needs.device_bytes)
         self._submit("load", version, work)
@@ -267,7 +268,8 @@ class Residency:
         self.counts.load_seconds += done.seconds
         self.device.place(version, operands)
         self.host.keep(version, image)
-        self.merger.add(version, savings)
+        if savings is not None:
+            self.merger.add(version, savings)
         return True
 
     def _set_ready(self, version: DeltaVersion) -> None:
