@@ -1,12 +1,13 @@
-"""How everybody talks to the engine: submit, stream, abort, stats (and the list of models).
+"""How everybody talks to the engine: submit, stream, abort, stats, and its deltas.
 
-The contract is ``EngineClient``; ``LocalClient`` runs the engine in a thread of this process.
+The contract is ``EngineClient``. ``LocalClient`` runs the engine in a thread of this process,
+``ProcessClient`` in a process of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from deltaserve.engine.types import EngineRequest, EngineStats, ModelInfo, TokenEvent
 
@@ -41,9 +42,17 @@ class EngineClient(Protocol):
     def stats(self) -> EngineStats: ...
 
     def alive(self) -> bool:
-        """False once the engine has failed."""
+        """False while no request can be served: the engine has failed."""
         ...
 
-    def close(self) -> None:
-        """Stop the engine and wait for it."""
+    def recovering(self) -> bool:
+        """It has failed, but is being started again."""
+        ...
+
+    async def dump(self) -> dict[str, Any]:
+        """The present state of scheduler and residency, as plain JSON."""
+        ...
+
+    def close(self, reason: str = ...) -> None:
+        """Stop the engine and wait for it; what runs ends with ``reason``."""
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.digest import checkpoint_digest
 from deltaserve.config import EngineConfig
+from deltaserve.engine.checks import check_request
 from deltaserve.engine.families import family_of
 from deltaserve.engine.kv import BlockPool, Key, root_key
 from deltaserve.engine.memory import plan_kv
@@ -22,7 +23,7 @@ from deltaserve.engine.runner import Runner
 from deltaserve.engine.scheduler import Scheduler, StepPlan
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.types import EngineRequest, EngineStats, ModelInfo, TokenEvent
-from deltaserve.errors import ConfigError, RequestError, UnknownModelError
+from deltaserve.errors import ConfigError, UnknownModelError
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Engine:
         for source in config.deltas:
             self.residency.load(source.name, source.path)
         self.counters = Counters()
+        self.models_revision = 0
 
     def models(self) -> list[ModelInfo]:
         """The base first, then its deltas."""
@@ -144,6 +146,15 @@ class Engine:
             preemptions=self.scheduler.num_preemptions,
         )
 
+    def dump(self) -> dict[str, Any]:
+        """What is where at this moment, as plain JSON: for people who look for a fault."""
+        return {
+            "running": [describe_sequence(seq) for seq in self.scheduler.running],
+            "waiting": [describe_sequence(seq) for seq in self.scheduler.waiting],
+            "stats": asdict(self.stats()),
+            "models": [asdict(info) for info in self.models()],
+        }
+
     def _model_of(self, request: EngineRequest) -> tuple[int, int]:
         """(slot, vocabulary size) of the model that a request names."""
         if request.model == self.config.served_model_name:
@@ -169,21 +180,17 @@ class Engine:
         return sizes | {BASE_SLOT: self.residency.vocab_size}
 
 
-def check_request(request: EngineRequest, vocab_size: int, max_model_len: int) -> None:
-    """Raises RequestError for what could never run; names the field."""
-    prompt, max_tokens = request.prompt_ids, request.sampling.max_tokens
-    if not prompt:
-        raise RequestError("the prompt is empty", param="prompt")
-    if max_tokens < 1:
-        raise RequestError(f"max_tokens must be at least 1, not {max_tokens}", param="max_tokens")
-    if len(prompt) + max_tokens > max_model_len:
-        raise RequestError(
-            f"this model's maximum context length is {max_model_len} tokens, but the request "
-            f"has {len(prompt)} in the prompt and asks for {max_tokens} more",
-            param="max_tokens" if len(prompt) < max_model_len else "prompt",
-        )
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        raise RequestError(f"token ids must lie between 0 and {vocab_size - 1}", param="prompt")
+def describe_sequence(seq: Sequence) -> dict[str, Any]:
+    """Of one request; no word of its prompt."""
+    return {
+        "request_id": seq.request.request_id,
+        "model": seq.request.model,
+        "slot": seq.slot,
+        "prompt_tokens": seq.num_prompt,
+        "generated_tokens": seq.num_generated,
+        "computed_tokens": seq.num_computed,
+        "blocks": len(seq.blocks),
+    }
 
 
 def _device(config: EngineConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 
 class FinishReason(StrEnum):
@@ -85,6 +86,10 @@ class ModelInfo:
     vocab_size: int = 0
     merged: bool = False
     """Its projections are kept as base + delta, dense: faster, in the memory of a whole model."""
+    state: Literal["registered", "loading", "ready", "draining", "error"] = "ready"
+    pinned: bool = False
+    error: str | None = None
+    """Why it cannot be served."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,22 @@
-"""The engine's client: events reach their submitters, aborts free memory, failure ends streams."""
+"""The engine behind its clients, in a thread and in a process: events reach their submitters,
+aborts free memory, failure ends streams."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from deltaserve.compress.run import compress
+from deltaserve.config import EngineConfig
+from deltaserve.engine.frontend import Frontend
 from deltaserve.engine.local import LocalClient
+from deltaserve.engine.remote import ProcessClient
 from deltaserve.engine.types import EngineRequest, FinishReason, SamplingParams
 from deltaserve.errors import EngineDeadError, RequestError, UnknownModelError
-from tests.engine_helpers import BASE, make_engine
+from tests.engine_helpers import BASE, engine_config, make_engine
 from tests.families import make_base, make_fine_tune
 
 
@@ -24,12 +28,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, root / "delta"
 
 
-@pytest.fixture
-def client(models: tuple[Path, Path]) -> Iterator[LocalClient]:
+@pytest.fixture(scope="module", params=[LocalClient.start, ProcessClient])
+def client(request: pytest.FixtureRequest, models: tuple[Path, Path]) -> Iterator[Frontend]:
     base, delta = models
-    local = LocalClient(make_engine(base, {"tune": delta}))
-    yield local
-    local.close()
+    started = request.param(engine_config(base, {"tune": delta}))
+    yield started
+    started.close()
 
 
 def request(name: str, model: str = BASE, *, max_tokens: int = 6, **knobs: object) -> EngineRequest:
@@ -37,14 +41,14 @@ def request(name: str, model: str = BASE, *, max_tokens: int = 6, **knobs: objec
     return EngineRequest(name, model, (5, 6, 7), params)
 
 
-async def collect(client: LocalClient, name: str) -> tuple[list[int], FinishReason | None]:
+async def collect(client: Frontend, name: str) -> tuple[list[int], FinishReason | None]:
     tokens: list[int] = []
     async for event in client.stream(name):
         tokens += event.token_ids
     return tokens, event.finish_reason
 
 
-async def settle(client: LocalClient) -> None:
+async def settle(client: Frontend) -> None:
     """Until the engine holds nothing, within two seconds."""
     for _ in range(200):
         stats = client.stats()
@@ -54,8 +58,9 @@ async def settle(client: LocalClient) -> None:
     raise AssertionError(f"still busy: {client.stats()}")
 
 
-def test_requests_of_two_models_run_together(client: LocalClient) -> None:
+def test_requests_of_two_models_run_together(client: Frontend) -> None:
     async def main() -> None:
+        before = client.stats()
         for i in range(6):
             client.submit(request(f"r{i}", ("tune", BASE)[i % 2], temperature=0.0))
         results = await asyncio.gather(*(collect(client, f"r{i}") for i in range(6)))
@@ -63,14 +68,15 @@ def test_requests_of_two_models_run_together(client: LocalClient) -> None:
         assert {reason for _, reason in results} == {FinishReason.LENGTH}
         assert results[0] == results[2] != results[1] == results[3]
         await settle(client)
-        assert client.stats().mixed_steps > 0
-        assert client.stats().generation_tokens == 36
-        assert client.stats().prompt_tokens == 18
+        after = client.stats()
+        assert after.mixed_steps > before.mixed_steps
+        assert after.generation_tokens - before.generation_tokens == 36
+        assert after.prompt_tokens - before.prompt_tokens == 18
 
     asyncio.run(main())
 
 
-def test_seeds_repeat_whatever_shares_the_batch(client: LocalClient) -> None:
+def test_seeds_repeat_whatever_shares_the_batch(client: Frontend) -> None:
     async def main() -> None:
         client.submit(request("alone", seed=11, max_tokens=12))
         alone = await collect(client, "alone")
@@ -86,7 +92,7 @@ def test_seeds_repeat_whatever_shares_the_batch(client: LocalClient) -> None:
     asyncio.run(main())
 
 
-def test_stop_tokens_end_a_request(client: LocalClient) -> None:
+def test_stop_tokens_end_a_request(client: Frontend) -> None:
     async def main() -> None:
         client.submit(request("free", temperature=0.0))
         tokens, _ = await collect(client, "free")
@@ -99,13 +105,13 @@ def test_stop_tokens_end_a_request(client: LocalClient) -> None:
     asyncio.run(main())
 
 
-def test_abort_frees_memory_and_may_be_repeated(client: LocalClient) -> None:
+def test_abort_frees_memory_and_may_be_repeated(client: Frontend) -> None:
     async def main() -> None:
-        client.submit(request("long", max_tokens=200))
-        events = client.stream("long")
+        client.submit(request("aborted", max_tokens=200))
+        events = client.stream("aborted")
         await anext(events)
-        client.abort("long")
-        client.abort("long")
+        client.abort("aborted")
+        client.abort("aborted")
         client.abort("never-heard-of")
         reasons = [event.finish_reason async for event in events]
         assert reasons[-1] is FinishReason.ABORT
@@ -114,7 +120,7 @@ def test_abort_frees_memory_and_may_be_repeated(client: LocalClient) -> None:
     asyncio.run(main())
 
 
-def test_what_is_aborted_unheard_is_forgotten(client: LocalClient) -> None:
+def test_what_is_aborted_unheard_is_forgotten(client: Frontend) -> None:
     async def main() -> None:
         client.submit(request("unheard", max_tokens=200))
         client.abort("unheard")
@@ -128,7 +134,7 @@ def test_what_is_aborted_unheard_is_forgotten(client: LocalClient) -> None:
     asyncio.run(main())
 
 
-def test_leaving_a_stream_aborts_it(client: LocalClient) -> None:
+def test_leaving_a_stream_aborts_it(client: Frontend) -> None:
     async def main() -> None:
         client.submit(request("left", max_tokens=200))
         events = client.stream("left")
@@ -139,7 +145,7 @@ def test_leaving_a_stream_aborts_it(client: LocalClient) -> None:
     asyncio.run(main())
 
 
-def test_wrong_requests_are_refused_and_harm_nobody(client: LocalClient) -> None:
+def test_wrong_requests_are_refused_and_harm_nobody(client: Frontend) -> None:
     async def main() -> None:
         with pytest.raises(UnknownModelError, match="nobody"):
             client.submit(request("a", "nobody"))
@@ -157,33 +163,114 @@ def test_wrong_requests_are_refused_and_harm_nobody(client: LocalClient) -> None
     asyncio.run(main())
 
 
+def test_a_thousand_requests_and_their_aborts(client: Frontend) -> None:
+    async def main() -> None:
+        for i in range(1000):
+            client.submit(request(f"r{i}", max_tokens=2 if i % 4 == 0 else 200))
+        for i in range(1000):
+            if i % 4:
+                client.abort(f"r{i}")
+        results = await asyncio.gather(*(collect(client, f"r{i}") for i in range(1000)))
+        for i, (tokens, reason) in enumerate(results):
+            if i % 4 == 0:
+                assert (len(tokens), reason) == (2, FinishReason.LENGTH)
+            else:
+                assert reason is FinishReason.ABORT
+        await settle(client)
+        assert len(client._mailboxes) == 0
+
+    asyncio.run(main())
+
+
+def test_an_id_is_free_again_once_its_stream_has_ended(client: Frontend) -> None:
+    async def main() -> None:
+        client.submit(request("left", max_tokens=200))
+        events = client.stream("left")
+        await anext(events)
+        await events.aclose()
+        while True:
+            try:
+                client.submit(request("left", temperature=0.0))
+            except RequestError:  # the engine has not let go of it yet
+                await asyncio.sleep(0.01)
+            else:
+                break
+        tokens, reason = await collect(client, "left")
+        assert (len(tokens), reason) == (6, FinishReason.LENGTH)
+
+    asyncio.run(main())
+
+
+def test_a_delta_that_vanishes_under_a_request_fails_only_that(client: Frontend) -> None:
+    """The client still believes in the model when the engine has let go of it."""
+
+    async def main() -> None:
+        known = dict(client._models)
+        client._models["gone"] = client._models["tune"]
+        try:
+            client.submit(request("orphan", "gone"))
+            client.submit(request("fine", "tune"))
+            event = await anext(client.stream("orphan"))
+            assert event.finish_reason is FinishReason.ERROR
+            assert "'gone' does not exist" in (event.error or "")
+            assert len((await collect(client, "fine"))[0]) == 6
+        finally:
+            client._models = known
+
+    asyncio.run(main())
+
+
+def test_dump_shows_what_runs(client: Frontend) -> None:
+    async def main() -> None:
+        client.submit(request("seen", "tune", max_tokens=200))
+        events = client.stream("seen")
+        await anext(events)
+        (running,) = (await client.dump())["running"]
+        assert running["request_id"] == "seen"
+        assert running["model"] == "tune"
+        assert "5, 6, 7" not in str(running)
+        await events.aclose()
+        await settle(client)
+
+    asyncio.run(main())
+
+
 def test_a_failing_engine_ends_its_streams(
-    client: LocalClient, monkeypatch: pytest.MonkeyPatch
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def explode(*_: object) -> None:
         raise RuntimeError("out of luck")
 
     async def main() -> None:
+        client = LocalClient(make_engine(models[0], {}))
         monkeypatch.setattr(client._engine.runner, "forward", explode)
         client.submit(request("doomed"))
         event = await anext(client.stream("doomed"))
         assert event.finish_reason is FinishReason.ERROR
         assert "out of luck" in (event.error or "")
         assert not client.alive()
+        assert not client.recovering()
         with pytest.raises(EngineDeadError, match="out of luck"):
             client.submit(request("late"))
+        with pytest.raises(EngineDeadError, match="out of luck"):
+            await client.dump()
 
     asyncio.run(main())
 
 
-def test_closing_ends_what_runs(models: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("start", [LocalClient.start, ProcessClient])
+def test_closing_ends_what_runs(
+    models: tuple[Path, Path], start: Callable[[EngineConfig], Frontend]
+) -> None:
     async def main() -> None:
-        client = LocalClient(make_engine(models[0], {}))
+        client = start(engine_config(models[0], {}))
         client.submit(request("long", max_tokens=200))
         events = client.stream("long")
         await anext(events)
-        await asyncio.to_thread(client.close)
-        reasons = [event.finish_reason async for event in events]
-        assert reasons[-1] is FinishReason.ERROR
+        await asyncio.to_thread(client.close, "closing time")
+        last = [event async for event in events][-1]
+        assert (last.finish_reason, last.error) == (FinishReason.ERROR, "closing time")
+        with pytest.raises(EngineDeadError, match="closing time"):
+            client.submit(request("late"))
 
     asyncio.run(main())
