@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from deltaserve.config import EngineConfig
 from deltaserve.engine.core import Engine
+from deltaserve.engine.limits import QueueGate
 from deltaserve.engine.types import (
     EngineRequest,
     EngineStats,
@@ -43,7 +45,8 @@ class LocalClient:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._models = engine.models()
-        self._stats = engine.stats()
+        config = engine.config
+        self._gate = QueueGate(config.max_queued_requests, config.max_queued_tokens)
         self._wake = threading.Condition()
         self._submitted: deque[EngineRequest] = deque()
         self._aborted: deque[str] = deque()
@@ -73,6 +76,8 @@ class LocalClient:
                 raise EngineDeadError(self._failure or "the engine is shutting down")
             if request.request_id in self._mailboxes:
                 raise RequestError(f"request id {request.request_id!r} is in use")
+            self._gate.check(request, time.monotonic())
+            self._gate.enter(request)
             self._mailboxes[request.request_id] = mailbox
             self._submitted.append(request)
             self._wake.notify()
@@ -98,7 +103,7 @@ class LocalClient:
             self._wake.notify()
 
     def stats(self) -> EngineStats:
-        return self._stats
+        return self._engine.stats()
 
     def alive(self) -> bool:
         return self._failure is None and not self._closing
@@ -134,14 +139,18 @@ class LocalClient:
             submitted, self._submitted = self._submitted, deque()
             aborted, self._aborted = self._aborted, deque()
         for request in submitted:
-            self._engine.add(request)
+            try:
+                self._engine.add(request)
+            except RequestError as error:  # right when it was submitted, but no longer
+                name = request.request_id
+                self._publish([TokenEvent(name, (), FinishReason.ERROR, str(error))])
         for request_id in aborted:
             event = self._engine.abort(request_id)
             if event is not None:
                 self._publish([event])
 
     def _publish(self, events: list[TokenEvent]) -> None:
-        self._stats = self._engine.stats()
+        self._count(events)
         for event in events:
             mailbox = self._mailboxes.get(event.request_id)
             if mailbox is not None:
@@ -149,6 +158,16 @@ class LocalClient:
             if event.finish_reason is FinishReason.ABORT:
                 # Its stream, if there is one, holds the mailbox itself; else nobody ever will.
                 self._mailboxes.pop(event.request_id, None)
+
+    def _count(self, events: list[TokenEvent]) -> None:
+        """Whoever has an event waits no more."""
+        now = time.monotonic()
+        with self._wake:
+            for event in events:
+                if event.token_ids:
+                    self._gate.admit(event.request_id, now)
+                else:
+                    self._gate.leave(event.request_id)
 
     def _fail_all(self, reason: str) -> None:
         with self._wake:
