@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+SchedulingPolicy = Literal["fcfs", "priority", "vtc"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +62,37 @@ class EngineConfig:
     merge_memory_bytes: int = 0
     """Memory for deltas whose projections are kept dense (base + delta): faster on a CPU."""
 
+    scheduling_policy: SchedulingPolicy = "vtc"
+    """"vtc": bands of priority, then the least served tenant, then age. "priority": without
+    tenants. "fcfs": age alone."""
+    max_queued_requests: int = 8192
+    """Requests that may wait; further ones are refused at once."""
+    max_queued_tokens: int | None = None
+    """Prompt tokens that may wait; None is no limit."""
+    slo_tpot_ms: float | None = None
+    """Milliseconds per output token: no more requests run together than keep it, by the bytes
+    that their step reads. None lets as many run as fit."""
+    max_wait_s: float = 300.0
+    """Seconds after which the oldest request of a tenant for a model goes before all others."""
+    share_prefixes_between_tenants: bool = False
+    """Tenants may use what was computed for others of the same model; hits can then be timed."""
+
     def __post_init__(self) -> None:
         if not self.base:
             raise ConfigError("no base model was given: name its directory or hub id")
         if not self.served_model_name:
             object.__setattr__(self, "served_model_name", Path(self.base).resolve().name)
-        for name in ("max_model_len", "max_num_seqs", "block_size", "kv_cache_memory_bytes"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "block_size",
+            "kv_cache_memory_bytes",
+            "max_queued_requests",
+            "max_queued_tokens",
+        ):
             _require_positive(name, getattr(self, name))
+        for name in ("slo_tpot_ms", "max_wait_s"):
+            _require_duration(name, getattr(self, name))
         if self.merge_memory_bytes < 0:
             raise ConfigError(
                 f"merge_memory_bytes is {self.merge_memory_bytes}, but must be 0 or more"
@@ -159,14 +185,21 @@ def _check_type(name: str, value: Any) -> None:
             raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
         return
     kinds = [kind for kind in get_args(wanted) or (wanted,) if kind is not types.NoneType]
+    if float in kinds:  # 60 is as good as 60.0
+        kinds.append(int)
     if type(value) not in kinds:  # not isinstance: True is an int to Python, not to people
-        names = {int: "a whole number", str: "text", bool: "true or false"}
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
         raise ConfigError(f"{name} is {value!r}, but must be {names[kinds[0]]}")
 
 
 def _require_positive(name: str, value: int | None) -> None:
     if value is not None and value < 1:
         raise ConfigError(f"{name} is {value}, but must be at least 1")
+
+
+def _require_duration(name: str, value: float | None) -> None:
+    if value is not None and not 0 < value < math.inf:
+        raise ConfigError(f"{name} is {value}, but must be a number above 0")
 
 
 def _check_unique(names: list[str]) -> None:

@@ -79,6 +79,40 @@ MergeBytes = Annotated[
     ),
 ]
 
+Policy = Annotated[
+    str | None,
+    typer.Option(help=f"fcfs, priority or vtc. (default: {EngineConfig.scheduling_policy})"),
+]
+QueuedRequests = Annotated[
+    int | None,
+    typer.Option(
+        help="Requests that may wait; more are refused. "
+        f"(default: {EngineConfig.max_queued_requests})"
+    ),
+]
+QueuedTokens = Annotated[
+    int | None, typer.Option(help="Prompt tokens that may wait. (default: no limit)")
+]
+SloTpot = Annotated[
+    float | None,
+    typer.Option(help="Milliseconds per output token to be kept. (default: as many as fit run)"),
+]
+MaxWait = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds after which a tenant's oldest request goes first. "
+        f"(default: {EngineConfig.max_wait_s:g})"
+    ),
+]
+SharePrefixes = Annotated[
+    bool | None,
+    typer.Option(
+        "--share-prefixes-between-tenants/--no-share-prefixes-between-tenants",
+        help="Tenants may use what was computed for others. (default: off)",
+        show_default=False,
+    ),
+]
+
 
 def run(
     base: Base = None,
@@ -97,6 +131,12 @@ def run(
     kv_cache_memory_bytes: KvBytes = None,
     enable_prefix_caching: PrefixCaching = None,
     merge_memory_bytes: MergeBytes = None,
+    scheduling_policy: Policy = None,
+    max_queued_requests: QueuedRequests = None,
+    max_queued_tokens: QueuedTokens = None,
+    slo_tpot_ms: SloTpot = None,
+    max_wait_s: MaxWait = None,
+    share_prefixes_between_tenants: SharePrefixes = None,
 ) -> None:
     """Serve a base model and its deltas behind an OpenAI-compatible endpoint."""
     flags = {name: value for name, value in locals().items() if name not in ("delta", "config")}

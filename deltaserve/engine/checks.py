@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from deltaserve.engine.types import EngineRequest
 from deltaserve.errors import RequestError
 
@@ -21,3 +23,7 @@ def check_request(request: EngineRequest, vocab_size: int, max_model_len: int) -
         )
     if min(prompt) < 0 or max(prompt) >= vocab_size:
         raise RequestError(f"token ids must lie between 0 and {vocab_size - 1}", param="prompt")
+    if not 0 < request.weight < math.inf:
+        raise RequestError(
+            f"a tenant's weight is {request.weight}, but must be positive and finite"
+        )

@@ -26,7 +26,7 @@ from deltaserve.engine.messages import (
 from deltaserve.engine.wire import decode, encode
 from deltaserve.errors import DeltaServeError
 
-NAME = b"deltaserve-eng"  # the kernel keeps 15 bytes
+SPARE_NAME, NAME = b"deltaserve-idle", b"deltaserve-eng"  # the kernel keeps 15 bytes
 FAREWELL_MILLISECONDS = 2000
 """How long the last reports may take to leave."""
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
@@ -70,7 +70,7 @@ def main(directory: Path) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(directory,), daemon=True).start()
-    _prctl(PR_SET_NAME, NAME)
+    _prctl(PR_SET_NAME, SPARE_NAME)
     link = Link(directory)
     link.send(Hello(SCHEMA))
     try:
@@ -85,6 +85,7 @@ def _serve(link: Link) -> int:
 
     (start,) = link.receive(None)
     assert isinstance(start, Start)
+    _prctl(PR_SET_NAME, NAME)
     logging.basicConfig(
         level=start.log_level, format="%(asctime)s engine: %(message)s", datefmt="%H:%M:%S"
     )

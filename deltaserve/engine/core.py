@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import time
 from typing import Any
 
 import torch
@@ -12,41 +11,23 @@ import torch
 from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.digest import checkpoint_digest
 from deltaserve.config import EngineConfig
+from deltaserve.engine.admission import ByteBudget
 from deltaserve.engine.checks import check_request
+from deltaserve.engine.deltas import ResidentDeltas
+from deltaserve.engine.fairness import make_policy
 from deltaserve.engine.families import family_of
 from deltaserve.engine.kv import BlockPool, Key, root_key
+from deltaserve.engine.limits import QueueGate
 from deltaserve.engine.memory import plan_kv
 from deltaserve.engine.model import KVCache, load_base, make_delta_aware
+from deltaserve.engine.observe import StepCounters, copy_table
 from deltaserve.engine.residency import Residency
 from deltaserve.engine.routing import BASE_SLOT, StepContext
 from deltaserve.engine.runner import Runner
-from deltaserve.engine.scheduler import Scheduler, StepPlan
+from deltaserve.engine.scheduler import Scheduler
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.types import EngineRequest, EngineStats, ModelInfo, TokenEvent
 from deltaserve.errors import ConfigError, UnknownModelError
-
-
-@dataclass
-class Counters:
-    """What happened since the start."""
-
-    steps: int = 0
-    mixed_steps: int = 0
-    max_models_in_step: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generation_tokens: int = 0
-
-    def count(self, plan: StepPlan, drawing: Iterable[Sequence]) -> None:
-        """Add a committed step; ``drawing``: the sequences that got a token."""
-        self.steps += 1
-        self.mixed_steps += plan.num_models > 1
-        self.max_models_in_step = max(self.max_models_in_step, plan.num_models)
-        for seq in drawing:
-            self.generation_tokens += 1
-            if seq.num_generated == 1:
-                self.prompt_tokens += seq.num_prompt
-                self.cached_tokens += seq.num_cached or 0
 
 
 class Engine:
@@ -66,11 +47,6 @@ class Engine:
         modules = make_delta_aware(model, base.architecture, step)
         kv = KVCache(model_config, num_blocks * config.block_size, dtype, device)
         self.runner = Runner(model, step, kv, block_size=config.block_size, device=device)
-        self.scheduler = Scheduler(
-            BlockPool(num_blocks, config.block_size),
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-        )
         self.residency = Residency(
             base,
             digest,
@@ -82,7 +58,21 @@ class Engine:
         )
         for source in config.deltas:
             self.residency.load(source.name, source.path)
-        self.counters = Counters()
+        self.scheduler = Scheduler(
+            BlockPool(num_blocks, config.block_size),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            policy=make_policy(config.scheduling_policy),
+            deltas=ResidentDeltas(self._bytes_of_slot()),
+            byte_budget=ByteBudget(
+                config.slo_tpot_ms,
+                base_bytes=base.num_bytes,
+                kv_bytes_per_token=KVCache.bytes_per_token(model_config, dtype),
+            ),
+            gate=QueueGate(config.max_queued_requests, config.max_queued_tokens),
+            max_wait_s=config.max_wait_s,
+        )
+        self.counters = StepCounters()
         self.models_revision = 0
 
     def models(self) -> list[ModelInfo]:
@@ -103,12 +93,16 @@ class Engine:
         return [base_info, *deltas]
 
     def check(self, request: EngineRequest) -> None:
-        """Raises RequestError or UnknownModelError for what could never run. Thread-safe."""
+        """Raises RequestError for what could never run, an id in use, or a full queue.
+
+        Thread-safe.
+        """
         _, vocab_size = self._model_of(request)
         check_request(request, vocab_size, self.max_model_len)
+        self.scheduler.check(request)
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request that passes ``check``."""
+        """Queue a request that passes ``check``; raises what that raises if it no longer does."""
         slot, _ = self._model_of(request)
         seed = request.sampling.seed
         seed = secrets.randbits(63) if seed is None else seed
@@ -122,38 +116,54 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Plan, execute, commit one step -> the new tokens."""
+        started = time.perf_counter()
         plan = self.scheduler.plan()
         if not plan.rows:
             return []
+        planned = time.perf_counter()
         sampled = self.runner.execute(plan, self._vocab_sizes())
+        executed = time.perf_counter()
+        self.scheduler.observe(plan, executed - planned)
         events = self.scheduler.commit(plan, sampled)
-        self.counters.count(plan, sampled)
+        committed = time.perf_counter()
+        self.counters.count(plan, planned - started, executed - planned, committed - executed)
         return events
 
     def stats(self) -> EngineStats:
-        pool, counters = self.scheduler.pool, self.counters
+        """May be called by any thread."""
+        scheduler, counters = self.scheduler, self.counters
         return EngineStats(
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
-            kv_blocks_total=pool.num_blocks,
-            kv_blocks_used=pool.num_used,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_blocks_total=scheduler.pool.num_blocks,
+            kv_blocks_used=scheduler.pool.num_used,
             steps=counters.steps,
             mixed_steps=counters.mixed_steps,
             max_models_in_step=counters.max_models_in_step,
-            prompt_tokens=counters.prompt_tokens,
-            cached_tokens=counters.cached_tokens,
-            generation_tokens=counters.generation_tokens,
-            preemptions=self.scheduler.num_preemptions,
+            prompt_tokens=scheduler.usage.total.prompt_tokens,
+            cached_tokens=scheduler.usage.total.cached_tokens,
+            generation_tokens=scheduler.usage.total.generation_tokens,
+            preemptions=scheduler.num_preemptions,
+            queued_requests=scheduler.gate.num_requests,
+            queued_tokens=scheduler.gate.num_tokens,
+            max_queued_requests=self.config.max_queued_requests,
+            max_queued_tokens=self.config.max_queued_tokens,
+            plan_s=counters.plan_s,
+            execute_s=counters.execute_s,
+            commit_s=counters.commit_s,
+            bytes_per_s=scheduler.byte_budget.bytes_per_s,
+            tenants=copy_table(scheduler.usage.tenants),
+            models=copy_table(scheduler.usage.models),
         )
 
     def dump(self) -> dict[str, Any]:
-        """What is where at this moment, as plain JSON: for people who look for a fault."""
-        return {
-            "running": [describe_sequence(seq) for seq in self.scheduler.running],
-            "waiting": [describe_sequence(seq) for seq in self.scheduler.waiting],
-            "stats": asdict(self.stats()),
-            "models": [asdict(info) for info in self.models()],
-        }
+        """The scheduler's state as plain JSON, for people who look for a fault."""
+        return self.scheduler.dump()
+
+    def _bytes_of_slot(self) -> dict[int, int]:
+        """What a step reads of each delta."""
+        residents = self.residency.residents.values()
+        return {r.slot: r.delta.manifest.sizes.resident.total for r in residents}
 
     def _model_of(self, request: EngineRequest) -> tuple[int, int]:
         """(slot, vocabulary size) of the model that a request names."""
@@ -168,29 +178,17 @@ class Engine:
         return resident.slot, resident.vocab_size
 
     def _root_key(self, request: EngineRequest) -> Key | None:
-        """Whose computed blocks the request may share: same weights, same salt."""
+        """Whose computed blocks the request may share: same weights, salt and tenant."""
         if not self.config.enable_prefix_caching:
             return None
         resident = self.residency.residents.get(request.model)
         digest = resident.delta.manifest.digest if resident else self.residency.base_digest
-        return root_key(digest, request.cache_salt)
+        tenant = "" if self.config.share_prefixes_between_tenants else request.tenant
+        return root_key(digest, request.cache_salt, tenant)
 
     def _vocab_sizes(self) -> dict[int, int]:
         sizes = {r.slot: r.vocab_size for r in self.residency.residents.values()}
         return sizes | {BASE_SLOT: self.residency.vocab_size}
-
-
-def describe_sequence(seq: Sequence) -> dict[str, Any]:
-    """Of one request; no word of its prompt."""
-    return {
-        "request_id": seq.request.request_id,
-        "model": seq.request.model,
-        "slot": seq.slot,
-        "prompt_tokens": seq.num_prompt,
-        "generated_tokens": seq.num_generated,
-        "computed_tokens": seq.num_computed,
-        "blocks": len(seq.blocks),
-    }
 
 
 def _device(config: EngineConfig) -> str:

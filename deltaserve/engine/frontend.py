@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Any
 
+from deltaserve.config import EngineConfig
 from deltaserve.engine.checks import check_request
+from deltaserve.engine.limits import QueueGate
 from deltaserve.engine.mailboxes import Mailboxes
 from deltaserve.engine.messages import (
     Abort,
@@ -37,13 +40,15 @@ class Frontend(ABC):
     for the engine.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
         self._mailboxes = Mailboxes()
         self._models: dict[str, ModelInfo] = {}
         self._max_model_len = 0
         self._stats: EngineStats
         self._lock = threading.Lock()
-        """Guards the passage from up to down: nothing is sent to an engine that is gone."""
+        """Guards the gate, and the passage from up to down: nothing is sent to what is gone."""
+        self._gate = self._new_gate()
         self._down: str | None = "the engine is loading"
         self._numbers = itertools.count(1)
         self._calls: dict[int, Future[Reply]] = {}
@@ -79,12 +84,14 @@ class Frontend(ABC):
             self._require_up()
             vocab_size = self._model(request.model).vocab_size
             check_request(request, vocab_size, self._max_model_len)
+            self._gate.check(request, time.monotonic())
             self._mailboxes.open(request.request_id)
             try:
                 self._send(Submit(request))
             except BaseException:
                 self._mailboxes.discard(request.request_id)
                 raise
+            self._gate.enter(request)
 
     def stream(self, request_id: str) -> AsyncIterator[TokenEvent]:
         return self._mailboxes.listen(request_id, self.abort)
@@ -133,6 +140,7 @@ class Frontend(ABC):
         match report:
             case Stepped(events, stats):
                 self._stats = stats or self._stats
+                self._count(events)
                 self._mailboxes.deliver(events)
             case ModelsChanged(models):
                 self._set_models(models)
@@ -145,6 +153,19 @@ class Frontend(ABC):
                 self._set_models(report.models)
                 self._down = None
 
+    def _count(self, events: tuple[TokenEvent, ...]) -> None:
+        """Whoever has an event waits no more."""
+        now = time.monotonic()
+        with self._lock:
+            for event in events:
+                if event.token_ids:
+                    self._gate.admit(event.request_id, now)
+                else:
+                    self._gate.leave(event.request_id)
+
+    def _new_gate(self) -> QueueGate:
+        return QueueGate(self._config.max_queued_requests, self._config.max_queued_tokens)
+
     def _set_models(self, models: tuple[ModelInfo, ...]) -> None:
         self._models = {info.name: info for info in models}
         changed, self._changed = self._changed, Future()
@@ -154,6 +175,7 @@ class Frontend(ABC):
         """The engine is down: whoever waits for it learns why, and nobody else may begin."""
         with self._lock:
             self._down = reason
+            self._gate = self._new_gate()
             calls, self._calls = self._calls, {}
             changed, self._changed = self._changed, Future()
         self._mailboxes.fail(reason)

@@ -19,7 +19,7 @@ class LocalClient(Frontend):
     """An EngineClient. An engine that fails stays down."""
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__()
+        super().__init__(engine.config)
         self._engine = engine
         self._commands: deque[Command] = deque()
         self._wake = threading.Condition()

@@ -81,7 +81,6 @@ class EngineLoop:
     def _submit(self, request: EngineRequest) -> None:
         """What was right when it was sent may be wrong by now: its delta may be gone."""
         try:
-            self._engine.check(request)
             self._engine.add(request)
         except DeltaServeError as error:
             failed = TokenEvent(request.request_id, (), FinishReason.ERROR, str(error))

@@ -6,13 +6,13 @@ library. Commands go to the engine and are carried out in order, between two ste
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from deltaserve import errors
 from deltaserve.config import EngineConfig
 from deltaserve.engine.types import EngineRequest, EngineStats, ModelInfo, TokenEvent
-from deltaserve.errors import DeltaServeError, EngineDeadError, RequestError
+from deltaserve.errors import DeltaServeError, EngineDeadError
 
 SCHEMA = 1
 """Version of all messages. A process that says another one belongs to another release."""
@@ -20,23 +20,22 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An exception on its way to whoever asked. kind: its class in errors.py."""
+    """An exception on its way to whoever asked. kind: its class in errors.py. details: what it
+    says beside the message, such as the field of a request that is wrong."""
 
     kind: str
     message: str
-    param: str | None = None
+    details: dict[str, str | int | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
-        if hasattr(errors, type(error).__name__):
-            return cls(type(error).__name__, str(error), getattr(error, "param", None))
+        if isinstance(error, DeltaServeError):
+            return cls(type(error).__name__, str(error), dict(vars(error)))
         return cls(EngineDeadError.__name__, f"the engine failed: {describe(error)}")
 
     def error(self) -> DeltaServeError:
         kind: type[DeltaServeError] = getattr(errors, self.kind)
-        if issubclass(kind, RequestError):
-            return kind(self.message, param=self.param)
-        return kind(self.message)
+        return kind(self.message, **self.details)
 
 
 def describe(error: BaseException) -> str:

@@ -42,12 +42,15 @@ class Supervision:
     hang_seconds: without a sign of life while somebody waits. max_crashes: in a row, which a
     process ends that served for ``stable_seconds``; after so many it stays down. The first
     restart is immediate, the next ones wait ``backoff_seconds``, then twice as long each.
+    spare: keep a second process that has imported everything and loaded nothing, so that a
+    restart takes no longer than the model's loading.
     """
 
     hang_seconds: float = 300.0
     max_crashes: int = 5
     stable_seconds: float = 60.0
     backoff_seconds: float = 1.0
+    spare: bool = True
 
     def delay(self, crashes: int) -> float:
         return 0.0 if crashes < 2 else self.backoff_seconds * 2.0 ** (crashes - 2)
@@ -58,10 +61,10 @@ class ProcessClient(Frontend):
 
     def __init__(self, config: EngineConfig, supervision: Supervision | None = None) -> None:
         """Load base and deltas, then serve. Blocks; raises DeltaServeError."""
-        super().__init__()
-        self._config = config
+        super().__init__(config)
         self._supervision = supervision or Supervision()
         self._process: EngineProcess | None = None
+        self._spare: EngineProcess | None = None
         self._crashes = 0
         self._given_up = False
         self._closing = threading.Event()
@@ -94,10 +97,14 @@ class ProcessClient(Frontend):
         self._process.send(command)
 
     def _run(self) -> None:
-        while not self._given_up:
-            if self._closing.wait(self._supervision.delay(self._crashes)):
-                return
-            self._live()
+        try:
+            while not self._given_up:
+                if self._closing.wait(self._supervision.delay(self._crashes)):
+                    return
+                self._live()
+        finally:
+            if self._spare is not None:
+                self._spare.stop(0)
 
     def _live(self) -> None:
         """One life of the process, from its start to its burial."""
@@ -121,7 +128,7 @@ class ProcessClient(Frontend):
 
     def _launch(self) -> None:
         """Start a process and wait until it serves. Raises what its engine raised."""
-        process = self._process = EngineProcess()
+        process = self._process = self._new_process()
         hello = self._expect(Hello)
         if hello.schema != SCHEMA:
             self._given_up = True
@@ -130,8 +137,19 @@ class ProcessClient(Frontend):
         self._expect(Loading)
         process.hide()
         self._take(self._expect(Ready))
+        if self._supervision.spare:
+            self._spare = EngineProcess()
         if not self._started.done():
             self._started.set_result(None)
+
+    def _new_process(self) -> EngineProcess:
+        spare, self._spare = self._spare, None
+        if spare is None:
+            return EngineProcess()
+        if spare.exit() is None:
+            return spare
+        spare.stop(0)
+        return EngineProcess()
 
     def _expect(self, kind: type[ReportT]) -> ReportT:
         report = self._hear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
 from typing import Any, get_args
 
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 
 from deltaserve import errors
 from deltaserve.config import EngineConfig
-from deltaserve.engine.messages import Command, Failure, Report, Stepped, Submit
+from deltaserve.engine.messages import Command, Failed, Failure, Report, Stepped, Submit
 from deltaserve.engine.types import EngineRequest, SamplingParams, TokenEvent
 from deltaserve.engine.wire import decode, encode
 from deltaserve.errors import DeltaServeError, RequestError
 
 MESSAGES = get_args(Command | Report)
+ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type)]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 NAME = st.from_regex(r"\A[a-z][a-z0-9]{0,8}\Z")
 INT = st.integers(-(2**63), 2**63 - 1)
@@ -64,17 +66,19 @@ def test_a_step_is_one_message_whatever_it_produced(events: list[TokenEvent]) ->
     assert decode(frames).events == tuple(events)
 
 
-@given(kind=st.sampled_from(sorted(vars(errors))), message=TEXT, param=st.none() | TEXT)
-def test_errors_arrive_as_their_own_class(kind: str, message: str, param: str | None) -> None:
-    found = getattr(errors, kind)
-    if not (isinstance(found, type) and issubclass(found, DeltaServeError)):
-        return
-    request_error = issubclass(found, RequestError)
-    error = found(message, param=param) if request_error else found(message)
-    arrived = Failure.of(error).error()
-    assert type(arrived) is found
+@pytest.mark.parametrize("kind", ERRORS)
+@given(message=TEXT, param=st.none() | TEXT, seconds=st.integers(1, 300))
+def test_errors_arrive_as_their_own_class(
+    kind: type[DeltaServeError], message: str, param: str | None, seconds: int
+) -> None:
+    known = {"param": param, "retry_after_s": seconds}
+    details = {k: v for k, v in known.items() if k in inspect.signature(kind).parameters}
+    error = kind(message, **details)
+    (frame, payload) = encode(Failed(Failure.of(error)))
+    arrived = decode([frame, payload]).failure.error()
+    assert type(arrived) is kind
     assert str(arrived) == message
-    assert getattr(arrived, "param", None) == (param if request_error else None)
+    assert vars(arrived) == details
 
 
 def test_foreign_exceptions_arrive_as_the_engines_end() -> None:

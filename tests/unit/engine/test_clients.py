@@ -12,10 +12,12 @@ import pytest
 from deltaserve.compress.run import compress
 from deltaserve.config import EngineConfig
 from deltaserve.engine.frontend import Frontend
+from deltaserve.engine.limits import QueueGate
 from deltaserve.engine.local import LocalClient
+from deltaserve.engine.messages import Submit
 from deltaserve.engine.remote import ProcessClient
 from deltaserve.engine.types import EngineRequest, FinishReason, SamplingParams
-from deltaserve.errors import EngineDeadError, RequestError, UnknownModelError
+from deltaserve.errors import EngineDeadError, QueueFullError, RequestError, UnknownModelError
 from tests.engine_helpers import BASE, engine_config, make_engine
 from tests.families import make_base, make_fine_tune
 
@@ -216,6 +218,22 @@ def test_a_delta_that_vanishes_under_a_request_fails_only_that(client: Frontend)
             assert len((await collect(client, "fine"))[0]) == 6
         finally:
             client._models = known
+
+    asyncio.run(main())
+
+
+def test_a_full_queue_refuses_at_once(client: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(client, "_gate", QueueGate(max_requests=1))
+        with monkeypatch.context() as patch:
+            patch.setattr(client, "_send", lambda command: None)  # an engine that is slow to admit
+            client.submit(request("first"))
+            with pytest.raises(QueueFullError, match="1 requests wait"):
+                client.submit(request("second"))
+        client._send(Submit(request("first")))
+        assert len((await collect(client, "first"))[0]) == 6
+        client.submit(request("third"))  # there is room again
+        assert len((await collect(client, "third"))[0]) == 6
 
     asyncio.run(main())
 
