@@ -59,8 +59,13 @@ class EngineConfig:
     """Memory of the KV cache; None lets the engine choose."""
     enable_prefix_caching: bool = True
     """Requests of one model share what they have in common at the beginning."""
-    merge_memory_bytes: int = 0
-    """Memory for deltas whose projections are kept dense (base + delta): faster on a CPU."""
+    delta_memory_bytes: int | None = None
+    """Memory of the device for deltas; None lets the engine choose."""
+    host_memory_bytes: int | None = None
+    """Memory for deltas that are not on the device but shall need no disk; None: chosen."""
+    merge_memory_bytes: int | None = 0
+    """Memory for deltas whose projections are kept dense (base + delta): faster on a CPU.
+    None takes a quarter of what is free on a CPU, nothing on a GPU."""
 
     scheduling_policy: SchedulingPolicy = "vtc"
     """"vtc": bands of priority, then the least served tenant, then age. "priority": without
@@ -89,20 +94,21 @@ class EngineConfig:
             "kv_cache_memory_bytes",
             "max_queued_requests",
             "max_queued_tokens",
+            "delta_memory_bytes",
         ):
             _require_positive(name, getattr(self, name))
         for name in ("slo_tpot_ms", "max_wait_s"):
             _require_duration(name, getattr(self, name))
-        if self.merge_memory_bytes < 0:
-            raise ConfigError(
-                f"merge_memory_bytes is {self.merge_memory_bytes}, but must be 0 or more"
-            )
+        for name in ("host_memory_bytes", "merge_memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} is {value}, but must be 0 or more")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, but must be at least "
                 f"max_num_seqs ({self.max_num_seqs}): each running request needs one token a step"
             )
-        _check_names(self.served_model_name, [delta.name for delta in self.deltas])
+        check_names(self.served_model_name, [delta.name for delta in self.deltas])
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,8 @@ def _check_unique(names: list[str]) -> None:
             raise ConfigError(f"two deltas are called {name!r}: give each its own name")
 
 
-def _check_names(base: str, deltas: list[str]) -> None:
+def check_names(base: str, deltas: list[str]) -> None:
+    """Raises ConfigError for names that the API cannot use, and for one that is used twice."""
     for name in (base, *deltas):
         if not NAME.fullmatch(name):
             remedy = " (choose another with --served-model-name)" if name is base else ""

@@ -70,7 +70,6 @@ def main(directory: Path) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(directory,), daemon=True).start()
-    _prctl(PR_SET_NAME, SPARE_NAME)
     link = Link(directory)
     link.send(Hello(SCHEMA))
     try:
@@ -83,6 +82,7 @@ def _serve(link: Link) -> int:
     from deltaserve.engine.core import Engine  # seconds: after Hello
     from deltaserve.engine.loop import EngineLoop
 
+    _prctl(PR_SET_NAME, SPARE_NAME)
     (start,) = link.receive(None)
     assert isinstance(start, Start)
     _prctl(PR_SET_NAME, NAME)
@@ -92,6 +92,11 @@ def _serve(link: Link) -> int:
     link.send(Loading())
     try:
         engine = Engine(start.config)
+        for delta in start.restore:
+            try:
+                engine.register(delta.name, delta.path, delta.pinned)
+            except DeltaServeError as error:
+                logger.error("the delta %s is not served any more: %s", delta.name, error)
         # Only now, when the directory is gone: what is killed cannot clean up.
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         EngineLoop(engine, link.receive, link.send).run()

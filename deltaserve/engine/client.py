@@ -49,6 +49,29 @@ class EngineClient(Protocol):
         """It has failed, but is being started again."""
         ...
 
+    async def load_delta(self, name: str, path: str, pinned: bool = False) -> ModelInfo:
+        """Serve a new delta, or a new version of a served one; returns once it is in memory.
+
+        Raises ArtifactError, BaseMismatchError, ConfigError or EngineDeadError.
+        """
+        ...
+
+    async def unload_delta(self, name: str) -> None:
+        """Serve it no more; returns once its requests have ended and its memory is free.
+
+        Raises UnknownModelError or EngineDeadError, as the next two.
+        """
+        ...
+
+    async def pin_delta(self, name: str, pinned: bool) -> None:
+        """Keep it in memory whatever else is asked for, or no longer. Raises ConfigError when
+        too little memory would be left."""
+        ...
+
+    async def rollback_delta(self, name: str) -> None:
+        """Serve the version before the present one again. Raises ConfigError: there is none."""
+        ...
+
     async def dump(self) -> dict[str, Any]:
         """The present state of scheduler and residency, as plain JSON."""
         ...

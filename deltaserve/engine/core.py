@@ -10,24 +10,31 @@ import torch
 
 from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.digest import checkpoint_digest
-from deltaserve.config import EngineConfig
+from deltaserve.config import EngineConfig, check_names
 from deltaserve.engine.admission import ByteBudget
 from deltaserve.engine.checks import check_request
-from deltaserve.engine.deltas import ResidentDeltas
 from deltaserve.engine.fairness import make_policy
 from deltaserve.engine.families import family_of
+from deltaserve.engine.info import base_version, model_infos
 from deltaserve.engine.kv import BlockPool, Key, root_key
 from deltaserve.engine.limits import QueueGate
-from deltaserve.engine.memory import plan_kv
+from deltaserve.engine.loader import Loader, Reader
+from deltaserve.engine.memory import free_memory, plan_deltas, plan_kv
 from deltaserve.engine.model import KVCache, load_base, make_delta_aware
 from deltaserve.engine.observe import StepCounters, copy_table
+from deltaserve.engine.operands import OperandMaker
+from deltaserve.engine.probe import Prober
 from deltaserve.engine.residency import Residency
 from deltaserve.engine.routing import BASE_SLOT, StepContext
 from deltaserve.engine.runner import Runner
 from deltaserve.engine.scheduler import Scheduler
 from deltaserve.engine.sequence import Sequence
-from deltaserve.engine.types import EngineRequest, EngineStats, ModelInfo, TokenEvent
-from deltaserve.errors import ConfigError, UnknownModelError
+from deltaserve.engine.types import EngineRequest, EngineStats, FinishReason, ModelInfo, TokenEvent
+from deltaserve.engine.versions import DeltaVersion
+from deltaserve.errors import ArtifactError, ConfigError, UnknownModelError
+
+# How long a step without rows waits for a load, so that it neither spins nor oversleeps.
+LOAD_WAIT_S = 0.005
 
 
 class Engine:
@@ -42,28 +49,29 @@ class Engine:
         device, dtype = _device(config), _dtype(config, base)
         digest = checkpoint_digest(base)
         model = load_base(base, dtype, device)
+        free = free_memory(device)
         num_blocks, self.max_model_len = plan_kv(config, model_config, dtype, device)
         step = StepContext()
         modules = make_delta_aware(model, base.architecture, step)
         kv = KVCache(model_config, num_blocks * config.block_size, dtype, device)
-        self.runner = Runner(model, step, kv, block_size=config.block_size, device=device)
+        self.base = base
         self.residency = Residency(
-            base,
-            digest,
-            modules,
-            vocab_size=model_config.vocab_size,
-            dtype=dtype,
-            device=device,
-            merge_memory=config.merge_memory_bytes,
+            Reader(digest),
+            OperandMaker(
+                base, modules, vocab_size=model_config.vocab_size, dtype=dtype, device=device
+            ),
+            Prober(),
+            Loader(),
+            plan_deltas(config, device, free),
+            base_version(config.served_model_name, base, digest, model_config.vocab_size),
         )
-        for source in config.deltas:
-            self.residency.load(source.name, source.path)
+        self.runner = Runner(model, step, kv, block_size=config.block_size, device=device)
         self.scheduler = Scheduler(
             BlockPool(num_blocks, config.block_size),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             policy=make_policy(config.scheduling_policy),
-            deltas=ResidentDeltas(self._bytes_of_slot()),
+            deltas=self.residency,
             byte_budget=ByteBudget(
                 config.slo_tpot_ms,
                 base_bytes=base.num_bytes,
@@ -73,61 +81,100 @@ class Engine:
             max_wait_s=config.max_wait_s,
         )
         self.counters = StepCounters()
-        self.models_revision = 0
+        self._refused: list[TokenEvent] = []
+        self._load_deltas()
 
     def models(self) -> list[ModelInfo]:
         """The base first, then its deltas."""
-        base = self.residency.base
-        base_name = self.config.served_model_name
-        base_info = ModelInfo(
-            name=base_name,
-            path=str(base.path),
-            parent=None,
-            digest=self.residency.base_digest,
-            full_bytes=base.num_bytes,
-            resident_bytes=base.num_bytes,
-            disk_bytes=base.num_bytes,
-            vocab_size=self.residency.vocab_size,
-        )
-        deltas = [self.residency.info(name, base_name) for name in self.residency.residents]
-        return [base_info, *deltas]
+        return model_infos(self.base, self.residency.base, self.residency.catalogue)
+
+    @property
+    def models_revision(self) -> int:
+        """Grows whenever ``models`` would answer something else."""
+        return self.residency.catalogue.revision
+
+    def register(self, name: str, path: str, pinned: bool = False) -> int:
+        """Serve a delta, or a new version of a served one -> the version's number.
+
+        Looks at the manifest only; the weights are loaded in the background. Until a new version
+        is READY, requests get the old one; if it fails, ``ModelInfo.error`` says why.
+        Raises ArtifactError, BaseMismatchError, ConfigError.
+        """
+        check_names(self.config.served_model_name, [name])
+        return self.residency.register(name, path, pinned=pinned)
+
+    def unregister(self, name: str) -> None:
+        """Refuse new requests; free the memory when those that came before have ended."""
+        self.residency.unregister(name)
+
+    def pin(self, name: str, pinned: bool) -> None:
+        """Keep a delta on the device, or do not. Raises UnknownModelError, ConfigError."""
+        self.residency.pin(name, pinned)
+
+    def rollback(self, name: str) -> None:
+        """Back to the version before. Raises UnknownModelError; ConfigError: there is none."""
+        self.residency.rollback(name)
 
     def check(self, request: EngineRequest) -> None:
         """Raises RequestError for what could never run, an id in use, or a full queue.
 
         Thread-safe.
         """
-        _, vocab_size = self._model_of(request)
-        check_request(request, vocab_size, self.max_model_len)
+        version = self.residency.current(request.model)
+        check_request(request, version.needs.vocab_size, self.max_model_len)
         self.scheduler.check(request)
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request that passes ``check``; raises what that raises if it no longer does."""
-        slot, _ = self._model_of(request)
+        """Queue a request that passes ``check``, for the present version of its delta.
+
+        Raises what ``scheduler.check`` raises if it no longer does. A delta that was unregistered
+        since, or cannot be loaded: the request ends with an error.
+        """
+        try:
+            version = self.residency.current(request.model)
+        except UnknownModelError as error:
+            self._refuse(request, str(error))
+            return
+        if version.error is not None:
+            self._refuse(request, version.error)
+            return
         seed = request.sampling.seed
         seed = secrets.randbits(63) if seed is None else seed
-        self.scheduler.add(Sequence(request, slot, seed, root=self._root_key(request)))
+        root = self._root_key(request, version)
+        self.scheduler.add(Sequence(request, BASE_SLOT, seed, root=root, version=version))
+        self.residency.bind(request.request_id, version)
 
     def abort(self, request_id: str) -> TokenEvent | None:
-        return self.scheduler.abort(request_id)
+        event = self.scheduler.abort(request_id)
+        self.residency.ended(request_id)
+        return event
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        """A step would do something: compute, load, or say that a request was refused."""
+        return self.scheduler.has_work() or bool(self._refused) or not self.residency.idle
 
     def step(self) -> list[TokenEvent]:
-        """Plan, execute, commit one step -> the new tokens."""
+        """Load, plan, execute, commit one step -> the new tokens."""
+        events = self._advance_loads()
         started = time.perf_counter()
         plan = self.scheduler.plan()
-        if not plan.rows:
-            return []
-        planned = time.perf_counter()
-        sampled = self.runner.execute(plan, self._vocab_sizes())
-        executed = time.perf_counter()
-        self.scheduler.observe(plan, executed - planned)
-        events = self.scheduler.commit(plan, sampled)
-        committed = time.perf_counter()
-        self.counters.count(plan, planned - started, executed - planned, committed - executed)
+        if plan.rows:
+            planned = time.perf_counter()
+            sampled = self.runner.execute(plan, self.residency.vocab_sizes)
+            executed = time.perf_counter()
+            self.scheduler.observe(plan, executed - planned)
+            events += self.scheduler.commit(plan, sampled)
+            committed = time.perf_counter()
+            self.counters.count(plan, planned - started, executed - planned, committed - executed)
+            self.residency.count_rows(plan.rows_of_slot)
+        elif not events:
+            self.residency.wait(LOAD_WAIT_S)
+        self._end(events)
         return events
+
+    def close(self) -> None:
+        """Stop the threads that load deltas."""
+        self.residency.loader.close()
 
     def stats(self) -> EngineStats:
         """May be called by any thread."""
@@ -154,41 +201,45 @@ class Engine:
             bytes_per_s=scheduler.byte_budget.bytes_per_s,
             tenants=copy_table(scheduler.usage.tenants),
             models=copy_table(scheduler.usage.models),
+            residency=self.residency.stats(),
         )
 
     def dump(self) -> dict[str, Any]:
-        """The scheduler's state as plain JSON, for people who look for a fault."""
-        return self.scheduler.dump()
+        """The present state as plain JSON, for people who look for a fault."""
+        return {**self.scheduler.dump(), "residency": self.residency.dump()}
 
-    def _bytes_of_slot(self) -> dict[int, int]:
-        """What a step reads of each delta."""
-        residents = self.residency.residents.values()
-        return {r.slot: r.delta.manifest.sizes.resident.total for r in residents}
+    def _load_deltas(self) -> None:
+        """Those of the configuration that fit; raises ArtifactError for the first that is bad."""
+        for source in self.config.deltas:
+            self.residency.register(source.name, source.path, load=False)
+        for version in self.residency.load_all():
+            self.close()
+            raise ArtifactError(version.error)
 
-    def _model_of(self, request: EngineRequest) -> tuple[int, int]:
-        """(slot, vocabulary size) of the model that a request names."""
-        if request.model == self.config.served_model_name:
-            return BASE_SLOT, self.residency.vocab_size
-        resident = self.residency.residents.get(request.model)
-        if resident is None:
-            raise UnknownModelError(
-                f"the model {request.model!r} does not exist; GET /v1/models lists those that do",
-                param="model",
-            )
-        return resident.slot, resident.vocab_size
+    def _advance_loads(self) -> list[TokenEvent]:
+        """Let deltas move -> the ends of requests whose delta cannot be loaded."""
+        events, self._refused = self._refused, []
+        for version in self.residency.advance():
+            for request_id in self.residency.requests_of(version):
+                event = self.scheduler.fail(request_id, version.error or "")
+                events += [event] if event else []
+        return events
 
-    def _root_key(self, request: EngineRequest) -> Key | None:
+    def _refuse(self, request: EngineRequest, reason: str) -> None:
+        event = TokenEvent(request.request_id, (), FinishReason.ERROR, reason)
+        self._refused.append(event)
+
+    def _end(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            if event.finish_reason is not None:
+                self.residency.ended(event.request_id)
+
+    def _root_key(self, request: EngineRequest, version: DeltaVersion) -> Key | None:
         """Whose computed blocks the request may share: same weights, salt and tenant."""
         if not self.config.enable_prefix_caching:
             return None
-        resident = self.residency.residents.get(request.model)
-        digest = resident.delta.manifest.digest if resident else self.residency.base_digest
         tenant = "" if self.config.share_prefixes_between_tenants else request.tenant
-        return root_key(digest, request.cache_salt, tenant)
-
-    def _vocab_sizes(self) -> dict[int, int]:
-        sizes = {r.slot: r.vocab_size for r in self.residency.residents.values()}
-        return sizes | {BASE_SLOT: self.residency.vocab_size}
+        return root_key(version.digest, request.cache_salt, tenant)
 
 
 def _device(config: EngineConfig) -> str:

@@ -21,14 +21,18 @@ from deltaserve.engine.messages import (
     Command,
     Dump,
     ModelsChanged,
+    Pin,
     Ready,
+    Register,
     Reply,
     Report,
+    Rollback,
     Stepped,
     Submit,
+    Unregister,
 )
 from deltaserve.engine.types import EngineRequest, EngineStats, ModelInfo, TokenEvent
-from deltaserve.errors import EngineDeadError, UnknownModelError
+from deltaserve.errors import ArtifactError, EngineDeadError, UnknownModelError
 
 CLOSED = "the engine was shut down"
 
@@ -102,30 +106,59 @@ class Frontend(ABC):
                 if self._down is None:
                     self._send(Abort(request_id))
 
-    async def dump(self) -> dict[str, Any]:
-        reply = await self._call(Dump)
-        assert reply.state is not None
-        return reply.state
+    async def load_delta(self, name: str, path: str, pinned: bool = False) -> ModelInfo:
+        number = await self._call(lambda call: Register(call, name, path, pinned))
+        while True:
+            changed = self._changed  # before looking, so that no change is missed
+            info = self._model(name)
+            if info.error is not None:
+                raise ArtifactError(info.error)
+            if info.version >= number and info.state == "ready":
+                return info
+            await asyncio.shield(asyncio.wrap_future(changed))
 
-    async def _call(self, make: Callable[[int], Call]) -> Reply:
-        """Send a management command and wait for its reply. Raises the engine's refusal."""
-        number, reply = next(self._numbers), Future[Reply]()
+    async def unload_delta(self, name: str) -> None:
+        await self._call(lambda call: Unregister(call, name))
+        while True:
+            changed = self._changed
+            if name not in self._models or self._models[name].state != "draining":
+                return
+            await asyncio.shield(asyncio.wrap_future(changed))
+
+    async def pin_delta(self, name: str, pinned: bool) -> None:
+        await self._call(lambda call: Pin(call, name, pinned))
+
+    async def rollback_delta(self, name: str) -> None:
+        await self._call(lambda call: Rollback(call, name))
+
+    async def dump(self) -> dict[str, Any]:
+        state: dict[str, Any] = await self._call(Dump)
+        return state
+
+    async def _call(self, make: Callable[[int], Call]) -> Any:
+        """Send a management command -> its result. Raises the engine's refusal."""
+        number, waiting = next(self._numbers), Future[Reply]()
         with self._lock:
             self._require_up()
-            self._calls[number] = reply
-            self._send(make(number))
-        answer = await asyncio.wrap_future(reply)
-        if answer.failure is not None:
-            raise answer.failure.error()
-        return answer
+            self._calls[number] = waiting
+            try:
+                self._send(make(number))
+            except BaseException:
+                del self._calls[number]
+                raise
+        reply = await asyncio.wrap_future(waiting)
+        if reply.failure is not None:
+            raise reply.failure.error()
+        return reply.result
 
     def _model(self, name: str) -> ModelInfo:
-        if name not in self._models:
+        info = self._models.get(name)
+        if info is None or info.state == "draining":
             raise UnknownModelError(
                 f"the model {name!r} does not exist; GET /v1/models lists those that do",
                 param="model",
             )
-        return self._models[name]
+        return info
 
     def _require_up(self) -> None:
         if self._down is not None:

@@ -1,7 +1,8 @@
 """Layers that compute the base once for the whole batch and then correct each delta's rows.
 
-Each wraps the Hugging Face module that it replaces. ``attach`` gives a slot its changed
-parameter, ``detach`` takes everything of a slot away again.
+Each wraps the Hugging Face module that it replaces. ``prepare`` makes of a changed parameter
+what the layer wants, in any thread; ``attach`` gives it to a slot, between two steps and in no
+time; ``detach`` takes everything of a slot away again.
 T packed tokens, K inputs, N outputs, V vocabulary, D hidden size.
 """
 
@@ -14,9 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from deltaserve.artifact.codecs.base import Encoded
-from deltaserve.engine.routing import BASE_SLOT, Segment, StepContext
+from deltaserve.engine.routing import Segment, StepContext
 from deltaserve.kernels.delta_embedding import delta_embedding
-from deltaserve.kernels.delta_matmul import GroupedDeltas, RowChunks, delta_matmul
+from deltaserve.kernels.delta_matmul import GroupedDeltas, LaidOut, RowChunks, delta_matmul
+
+# Rows that the tables of norms grow by.
+TABLE_STEP = 16
 
 
 class DeltaLinear(nn.Module):
@@ -35,12 +39,21 @@ class DeltaLinear(nn.Module):
         self.biases: dict[int, torch.Tensor] = {}
         self.num_outputs: dict[int, int] = {}
 
-    def attach(self, slot: int, parameter: str, operand: Encoded) -> None:
-        if parameter == "bias":
+    def prepare(self, parameter: str, operand: Encoded) -> Encoded | LaidOut:
+        laid_out = self.grouped.prepare(operand) if parameter == "weight" else None
+        return operand if laid_out is None else laid_out
+
+    def attach(self, slot: int, parameter: str, operand: Encoded | LaidOut) -> None:
+        """A second weight takes the place of the first."""
+        if isinstance(operand, LaidOut):
+            self.num_outputs[slot] = operand.enc.shape[0]
+            self.grouped.put(slot, operand)
+            self.weights.pop(slot, None)
+        elif parameter == "bias":
             self.biases[slot] = operand.tensors["values"]
-            return
-        self.num_outputs[slot] = operand.shape[0]
-        if not self.grouped.attach(slot, operand):
+        else:
+            self.num_outputs[slot] = operand.shape[0]
+            self.grouped.detach(slot)
             self.weights[slot] = operand
 
     def detach(self, slot: int) -> None:
@@ -124,6 +137,9 @@ class DeltaEmbedding(nn.Module):
         self.step = step
         self.weights: dict[int, Encoded] = {}
 
+    def prepare(self, parameter: str, operand: Encoded) -> Encoded:
+        return operand
+
     def attach(self, slot: int, parameter: str, operand: Encoded) -> None:
         self.weights[slot] = operand
 
@@ -149,7 +165,9 @@ class DeltaNorm(nn.Module):
     """A normalisation; each row is scaled by its own delta's weight.
 
     token_dim: which dimension of the input counts the packed tokens (q/k norms see
-    [1, T, heads, D] in Qwen 3 and [1, heads, T, D] in Gemma 3).
+    [1, T, heads, D] in Qwen 3 and [1, heads, T, D] in Gemma 3). table_SD: one row per slot, the
+    base's where a delta does not change this norm. The last row is always the base's: higher
+    slots are clamped to it.
     """
 
     def __init__(self, inner: nn.Module, step: StepContext, token_dim: int) -> None:
@@ -161,15 +179,23 @@ class DeltaNorm(nn.Module):
         self.step = step
         self.token_dim = token_dim
         self.weights: dict[int, torch.Tensor] = {}
-        self.table_SD = torch.empty(0)
+        self.table_SD = self.base_weight[None].clone()
+
+    def prepare(self, parameter: str, operand: Encoded) -> Encoded:
+        return operand
 
     def attach(self, slot: int, parameter: str, operand: Encoded) -> None:
+        """One row of the table, which grows by whole steps: cheap however many slots there are."""
         self.weights[slot] = operand.tensors["values"]
-        self._rebuild()
+        missing = slot + 2 - len(self.table_SD)
+        if missing > 0:
+            more = -(-missing // TABLE_STEP) * TABLE_STEP
+            self.table_SD = torch.cat([self.table_SD, self.base_weight.expand(more, -1)])
+        self.table_SD[slot] = operand.tensors["values"]
 
     def detach(self, slot: int) -> None:
         if self.weights.pop(slot, None) is not None:
-            self._rebuild()
+            self.table_SD[slot] = self.base_weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.inner.weight = self._weight_for(x)
@@ -183,13 +209,6 @@ class DeltaNorm(nn.Module):
         shape = [1] * x.dim()
         shape[self.token_dim], shape[-1] = len(routing.slot_T), x.shape[-1]
         return self.table_SD[routing.slot_T.clamp(max=len(self.table_SD) - 1)].view(shape)
-
-    def _rebuild(self) -> None:
-        """One row per slot up to the highest that changes this norm, the base's where it does
-        not. The last row is always the base's: higher slots are clamped to it."""
-        count = max(self.weights, default=BASE_SLOT) + 2
-        rows = [self.weights.get(slot, self.base_weight) for slot in range(count)]
-        self.table_SD = torch.stack(rows)
 
 
 DeltaModule = DeltaLinear | DeltaEmbedding | DeltaNorm

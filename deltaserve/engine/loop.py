@@ -13,19 +13,21 @@ from deltaserve.engine.messages import (
     Dump,
     Failure,
     ModelsChanged,
+    Pin,
     Ready,
+    Register,
     Reply,
     Report,
+    Rollback,
     Start,
     Stepped,
     Stop,
     Submit,
+    Unregister,
 )
 from deltaserve.engine.types import EngineRequest, FinishReason, TokenEvent
 from deltaserve.errors import DeltaServeError
 
-STALL_SECONDS = 0.005
-"""How often to look whether what all requests wait for has been loaded."""
 BEAT_SECONDS = 1.0
 """A busy engine that cannot run a step says so often."""
 STATS_SECONDS = 0.1
@@ -50,14 +52,17 @@ class EngineLoop:
     def run(self) -> None:
         """Until Stop comes. What it raises is the end of this engine."""
         engine = self._engine
-        self._send(Ready(engine.max_model_len, tuple(engine.models()), engine.stats()))
-        while self._obey():
-            self._step()
-            self._report()
+        try:
+            self._send(Ready(engine.max_model_len, tuple(engine.models()), engine.stats()))
+            while self._obey():
+                self._step()
+                self._report()
+        finally:
+            engine.close()
 
     def _obey(self) -> bool:
-        """Carry out what has come; False once it shall stop."""
-        for command in self._receive(self._patience()):
+        """Carry out what has come; False once it shall stop. Waits only with nothing to do."""
+        for command in self._receive(0.0 if self._engine.has_work() else None):
             match command:
                 case Submit(request):
                     self._submit(request)
@@ -72,12 +77,6 @@ class EngineLoop:
                     self._answer(command)
         return True
 
-    def _patience(self) -> float | None:
-        """Seconds to wait for a command: none with a step to run, for ever with nothing to do."""
-        if not self._engine.has_work():
-            return None
-        return STALL_SECONDS if self._stalled else 0.0
-
     def _submit(self, request: EngineRequest) -> None:
         """What was right when it was sent may be wrong by now: its delta may be gone."""
         try:
@@ -87,18 +86,26 @@ class EngineLoop:
             self._events.append(failed)
 
     def _answer(self, call: Call) -> None:
-        state = failure = None
         try:
-            state = self._manage(call)
+            reply = Reply(call.call, result=self._manage(call))
         except DeltaServeError as error:
-            failure = Failure.of(error)
+            reply = Reply(call.call, Failure.of(error))
         self._report_models()  # first, so that who gets the reply knows what it changed
-        self._send(Reply(call.call, failure, state))
+        self._send(reply)
 
-    def _manage(self, call: Call) -> dict[str, object] | None:
+    def _manage(self, call: Call) -> object:
+        engine = self._engine
         match call:
+            case Register():
+                return engine.register(call.name, call.path, call.pinned)
+            case Unregister():
+                engine.unregister(call.name)
+            case Pin():
+                engine.pin(call.name, call.pinned)
+            case Rollback():
+                engine.rollback(call.name)
             case Dump():
-                return self._engine.dump()
+                return engine.dump()
         return None
 
     def _step(self) -> None:

@@ -46,10 +46,24 @@ def describe(error: BaseException) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Registration:
+    """A delta that was served before the process had to be started again."""
+
+    name: str
+    path: str
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
-    """The first command to a process: load, then serve. log_level: of the logging module."""
+    """The first command to a process: load, then serve.
+
+    restore: deltas to register beside those of ``config``; one that cannot be any more is left
+    out. log_level: of the logging module.
+    """
 
     config: EngineConfig
+    restore: tuple[Registration, ...]
     log_level: int
 
 
@@ -145,8 +159,8 @@ class ModelsChanged:
 class Reply:
     call: int
     failure: Failure | None = None
-    state: dict[str, Any] | None = None
-    """What Dump asked for."""
+    result: Any = None
+    """Of Register the version's number, of Dump the state."""
 
 
 @dataclass(frozen=True, slots=True)

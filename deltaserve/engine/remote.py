@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from deltaserve.config import EngineConfig
@@ -18,6 +18,7 @@ from deltaserve.engine.messages import (
     Hello,
     Loading,
     Ready,
+    Registration,
     Report,
     Start,
     describe,
@@ -133,7 +134,7 @@ class ProcessClient(Frontend):
         if hello.schema != SCHEMA:
             self._given_up = True
             raise EngineDeadError("the installed deltaserve has changed: restart the server")
-        process.send(Start(self._config, logging.getLogger().getEffectiveLevel()), wait=True)
+        process.send(self._start_command(), wait=True)
         self._expect(Loading)
         process.hide()
         self._take(self._expect(Ready))
@@ -141,6 +142,18 @@ class ProcessClient(Frontend):
             self._spare = EngineProcess()
         if not self._started.done():
             self._started.set_result(None)
+
+    def _start_command(self) -> Start:
+        """The first time the deltas of the configuration; then those that were served last."""
+        level = logging.getLogger().getEffectiveLevel()
+        if not self._started.done():
+            return Start(self._config, (), level)
+        served = [
+            Registration(info.name, info.path, info.pinned)
+            for info in self.models()
+            if info.parent is not None and info.state != "draining"
+        ]
+        return Start(replace(self._config, deltas=()), tuple(served), level)
 
     def _new_process(self) -> EngineProcess:
         spare, self._spare = self._spare, None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,6 +57,14 @@ class StepPlan:
     @property
     def num_models(self) -> int:
         return len({row.seq.slot for row in self.rows})
+
+    @property
+    def rows_of_slot(self) -> dict[int, int]:
+        """Tokens of each slot."""
+        counts: Counter[int] = Counter()
+        for row in self.rows:
+            counts[row.seq.slot] += row.num_new
+        return counts
 
 
 class Scheduler:

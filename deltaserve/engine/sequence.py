@@ -9,13 +9,15 @@ from typing import Any
 from deltaserve.engine.kv import Key, next_key
 from deltaserve.engine.observe import Stopwatch
 from deltaserve.engine.types import EngineRequest, FinishReason, TokenEvent, Usage
+from deltaserve.engine.versions import DeltaVersion
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
     """``num_computed`` chases ``num_tokens``: prefill, decode and recomputation are one thing.
 
-    slot: which delta applies (0 is the base). blocks: KV blocks, in order of position.
+    version: the delta that it was bound to when it came. slot: where that lies while the
+    sequence runs (0 is the base). blocks: KV blocks, in order of position.
     root: start of the chain of keys of its full blocks; None keeps them to itself. keys: as
     many of them as were needed so far. num_cached: prompt tokens that were found computed
     when the sequence was first admitted.
@@ -35,7 +37,7 @@ class Sequence:
     root: Key | None = None
     keys: list[Key] = field(default_factory=list)
     num_cached: int | None = None
-    version: Hashable = None
+    version: DeltaVersion | None = None
     number: int = 0
     first_since: float | None = None
     aged: bool = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
 
 
 class FinishReason(StrEnum):
@@ -109,10 +108,16 @@ class ModelInfo:
     vocab_size: int = 0
     merged: bool = False
     """Its projections are kept as base + delta, dense: faster, in the memory of a whole model."""
-    state: Literal["registered", "loading", "ready", "draining", "error"] = "ready"
+    state: str = "ready"
+    """registered (loaded when it is asked for), loading, ready, draining (leaves when its
+    requests have ended) or error."""
+    tier: str = "device"
+    """device, host or disk: where its nearest copy is."""
+    version: int = 1
     pinned: bool = False
+    """Never evicted."""
     error: str | None = None
-    """Why it cannot be served."""
+    """Why it, or the newer version that should have replaced it, could not be loaded."""
 
 
 @dataclass(slots=True)
@@ -130,6 +135,31 @@ class Usage:
     load_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencyStats:
+    """Deltas by tier, and what has moved since the start."""
+
+    device_deltas: int = 0
+    device_bytes: int = 0
+    """Reserved: loading deltas included."""
+    device_limit: int = 0
+    merged_deltas: int = 0
+    merged_bytes: int = 0
+    merged_limit: int = 0
+    host_deltas: int = 0
+    host_bytes: int = 0
+    host_limit: int = 0
+    registered: int = 0
+    """Versions of all names, wherever they are."""
+    loads: int = 0
+    load_seconds: float = 0.0
+    evictions: int = 0
+    failures: int = 0
+    hits: int = 0
+    """Requests that found their delta on the device; ``misses`` had to wait for it."""
+    misses: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,3 +194,4 @@ class EngineStats:
     """Measured on steps that only decode, where ``slo_tpot_ms`` is set."""
     tenants: dict[str, Usage] = field(default_factory=dict)
     models: dict[str, Usage] = field(default_factory=dict)
+    residency: ResidencyStats = ResidencyStats()

@@ -72,7 +72,7 @@ def test_errors_arrive_as_their_own_class(
     kind: type[DeltaServeError], message: str, param: str | None, seconds: int
 ) -> None:
     known = {"param": param, "retry_after_s": seconds}
-    details = {k: v for k, v in known.items() if k in inspect.signature(kind).parameters}
+    details = {k: v for k, v in known.items() if k in inspect.signature(kind.__init__).parameters}
     error = kind(message, **details)
     (frame, payload) = encode(Failed(Failure.of(error)))
     arrived = decode([frame, payload]).failure.error()

@@ -4,6 +4,7 @@ aborts free memory, failure ends streams."""
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +18,14 @@ from deltaserve.engine.local import LocalClient
 from deltaserve.engine.messages import Submit
 from deltaserve.engine.remote import ProcessClient
 from deltaserve.engine.types import EngineRequest, FinishReason, SamplingParams
-from deltaserve.errors import EngineDeadError, QueueFullError, RequestError, UnknownModelError
+from deltaserve.errors import (
+    ArtifactError,
+    ConfigError,
+    EngineDeadError,
+    QueueFullError,
+    RequestError,
+    UnknownModelError,
+)
 from tests.engine_helpers import BASE, engine_config, make_engine
 from tests.families import make_base, make_fine_tune
 
@@ -28,6 +36,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = make_base("llama", root / "base")
     compress(base, make_fine_tune(base, root / "tune", seed=1), root / "delta")
     return base, root / "delta"
+
+
+@pytest.fixture(scope="module")
+def newer(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("newer")
+    compress(models[0], make_fine_tune(models[0], root / "tune", seed=2), root / "delta")
+    return root / "delta"
 
 
 @pytest.fixture(scope="module", params=[LocalClient.start, ProcessClient])
@@ -249,6 +264,77 @@ def test_dump_shows_what_runs(client: Frontend) -> None:
         assert "5, 6, 7" not in str(running)
         await events.aclose()
         await settle(client)
+
+    asyncio.run(main())
+
+
+def test_deltas_come_change_and_go_while_it_serves(
+    client: Frontend, models: tuple[Path, Path], newer: Path
+) -> None:
+    async def answer(model: str) -> list[int]:
+        client.submit(request("x", model, temperature=0.0))
+        return (await collect(client, "x"))[0]
+
+    async def main() -> None:
+        base, tuned = await answer(BASE), await answer("tune")
+        info = await client.load_delta("more", str(models[1]))
+        assert (info.state, info.version, info.pinned) == ("ready", 1, False)
+        assert await answer("more") == tuned
+        second = await client.load_delta("more", str(newer), pinned=True)
+        assert (second.state, second.version, second.pinned) == ("ready", 2, True)
+        assert second.digest != info.digest
+        assert await answer("more") not in (base, tuned)
+        await client.rollback_delta("more")
+        assert await answer("more") == tuned
+        await client.pin_delta("more", False)
+        assert not client._models["more"].pinned
+        await client.unload_delta("more")
+        assert "more" not in [model.name for model in client.models()]
+        with pytest.raises(UnknownModelError, match="'more' does not exist"):
+            await answer("more")
+
+    asyncio.run(main())
+
+
+def test_an_unloaded_delta_serves_those_that_came_before(
+    client: Frontend, models: tuple[Path, Path]
+) -> None:
+    async def main() -> None:
+        await client.load_delta("leaving", str(models[1]))
+        client.submit(request("early", "leaving", max_tokens=100))
+        events = client.stream("early")
+        await anext(events)
+        unloading = asyncio.create_task(client.unload_delta("leaving"))
+        await asyncio.sleep(0.02)
+        with pytest.raises(UnknownModelError):
+            client.submit(request("late", "leaving"))
+        assert [event async for event in events][-1].finish_reason is FinishReason.LENGTH
+        await unloading
+
+    asyncio.run(main())
+
+
+def test_refusals_of_management_are_the_engines_own(
+    client: Frontend, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    async def main() -> None:
+        with pytest.raises(ArtifactError, match="nowhere"):
+            await client.load_delta("bad", "/nowhere")
+        with pytest.raises(ConfigError, match="both the base and a delta"):
+            await client.load_delta(BASE, str(models[1]))
+        for refused in (client.unload_delta, client.rollback_delta):
+            with pytest.raises(UnknownModelError, match="'nobody' does not exist"):
+                await refused("nobody")
+        with pytest.raises(ConfigError, match="no earlier version"):
+            await client.rollback_delta("tune")
+        damaged = shutil.copytree(models[1], tmp_path / "damaged")
+        weights = bytearray((damaged / "delta.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (damaged / "delta.safetensors").write_bytes(weights)
+        with pytest.raises(ArtifactError):
+            await client.load_delta("tune", str(damaged))
+        client.submit(request("x", "tune"))  # as before
+        assert len((await collect(client, "x"))[0]) == 6
 
     asyncio.run(main())
 

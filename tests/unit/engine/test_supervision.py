@@ -8,9 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,7 @@ def client(shared: ProcessClient) -> ProcessClient:
     return shared
 
 
-def wait_until(condition, seconds: float = 30.0) -> float:
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> float:
     """Seconds until ``condition`` held."""
     began = time.monotonic()
     while not condition():
@@ -75,6 +74,12 @@ async def generate(client: ProcessClient, name: str, model: str) -> list[int]:
     return [token async for event in client.stream(name) for token in event.token_ids]
 
 
+def has_spare(client: ProcessClient) -> bool:
+    """It has imported everything and waits for its turn."""
+    spare = client._spare
+    return spare is not None and "idle" in Path(f"/proc/{spare.pid}/comm").read_text()
+
+
 def running(pid: int) -> bool:
     """Not merely a zombie that nobody has asked for."""
     try:
@@ -85,6 +90,7 @@ def running(pid: int) -> bool:
 
 def test_kill_under_load_fails_the_streams_and_it_serves_again(client: ProcessClient) -> None:
     async def main() -> None:
+        wait_until(lambda: has_spare(client))
         before = {model: await generate(client, "x", model) for model in (BASE, "tune")}
         names = [f"r{i}" for i in range(32)]
         for i, name in enumerate(names):
@@ -107,6 +113,31 @@ def test_kill_under_load_fails_the_streams_and_it_serves_again(client: ProcessCl
         assert time.monotonic() - killed < 10.0
         assert {model: await generate(client, "x", model) for model in before} == before
         assert len(client._mailboxes) == 0
+
+    asyncio.run(main())
+
+
+def test_deltas_are_served_again_as_they_were_last(
+    client: ProcessClient, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    async def main() -> None:
+        lost = shutil.copytree(models[1], tmp_path / "lost")
+        await client.load_delta("later", str(models[1]), pinned=True)
+        await client.load_delta("lost", str(lost))
+        await client.load_delta("unloaded", str(models[1]))
+        await client.unload_delta("unloaded")
+        await client.pin_delta("tune", True)
+        expected = await generate(client, "x", "tune")
+        shutil.rmtree(lost)
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        wait_until(lambda: not client.alive())
+        wait_until(client.alive)
+        pinned = {info.name: info.pinned for info in client.models()}
+        assert pinned == {BASE: True, "tune": True, "later": True}
+        for name in ("tune", "later"):
+            assert await generate(client, "x", name) == expected
+        await client.unload_delta("later")
 
     asyncio.run(main())
 
@@ -155,7 +186,8 @@ def test_the_engine_leaves_signals_to_the_server(client: ProcessClient) -> None:
 def test_nobody_else_can_reach_the_engine(client: ProcessClient) -> None:
     listening = [line for line in Path("/proc/net/unix").read_text().splitlines() if "@" in line]
     assert not any("deltaserve" in line for line in listening)  # no socket without a file
-    assert not list(Path(tempfile.gettempdir()).glob("deltaserve-*/commands"))
+    assert client._process is not None
+    assert not client._process._directory.exists()
 
 
 def test_a_starting_engines_directory_is_private() -> None:
