@@ -21,6 +21,8 @@ from deltaserve.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
+SERVER_KNOBS = ("host", "port", "engine_process", "engine_hang_s", "drain_timeout_s")
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 SchedulingPolicy = Literal["fcfs", "priority", "vtc"]
@@ -119,6 +121,14 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     """0 picks a free one."""
+    engine_process: bool = True
+    """Run the engine in a process of its own, which is started again if it crashes; otherwise in
+    a thread of the server."""
+    engine_hang_s: float = 300.0
+    """An engine process that gives no sign of life for so long, with work to do, is replaced. A
+    step is one sign of life: make it longer than the longest step."""
+    drain_timeout_s: float = 10.0
+    """What requests in flight may still take when the server is told to stop."""
     api_key_sha256: bytes | None = field(default=None, repr=False)
     """Digest of the key that /v1 asks for (the knob ``api_key``); the key itself is not kept."""
 
@@ -127,6 +137,8 @@ class ServerConfig:
             raise ConfigError(f"port is {self.port}, but must be between 0 and 65535")
         if not self.host:
             raise ConfigError("host is empty: name an address, such as 127.0.0.1")
+        for name in ("engine_hang_s", "drain_timeout_s"):
+            _require_duration(name, getattr(self, name))
 
 
 def load_config(flags: Mapping[str, Any], file: Path | None = None) -> ServerConfig:
@@ -146,7 +158,7 @@ def load_config(flags: Mapping[str, Any], file: Path | None = None) -> ServerCon
     values.update(given)
     for name, value in values.items():
         _check_type(name, value)
-    server = {name: values.pop(name) for name in ("host", "port") if name in values}
+    server = {name: values.pop(name) for name in SERVER_KNOBS if name in values}
     key = values.pop("api_key", None)
     if "base" not in values:
         raise ConfigError("no base model was given: name its directory or hub id")
@@ -180,7 +192,7 @@ def _knobs() -> dict[str, Any]:
     """Name and type of every knob."""
     engine = get_type_hints(EngineConfig)
     server = get_type_hints(ServerConfig)
-    return engine | {"host": server["host"], "port": server["port"], "api_key": str}
+    return engine | {name: server[name] for name in SERVER_KNOBS} | {"api_key": str}
 
 
 def _check_type(name: str, value: Any) -> None:

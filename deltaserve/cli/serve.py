@@ -36,6 +36,29 @@ ApiKey = Annotated[
         help="Key that clients must send. Prefer the variable: flags show in process lists.",
     ),
 ]
+EngineProcess = Annotated[
+    bool | None,
+    typer.Option(
+        "--engine-process/--no-engine-process",
+        help="Run the engine in a process of its own, and start it again if it crashes. "
+        "(default: on)",
+        show_default=False,
+    ),
+]
+EngineHang = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds without a sign of life after which a busy engine is replaced; longer than "
+        f"any step. (default: {ServerConfig.engine_hang_s:g})"
+    ),
+]
+DrainTimeout = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds that requests in flight may take once the server is told to stop. "
+        f"(default: {ServerConfig.drain_timeout_s:g})"
+    ),
+]
 Name = Annotated[
     str | None,
     typer.Option(help="Name of the base in the API. (default: last part of BASE)"),
@@ -121,6 +144,9 @@ def run(
     host: Host = None,
     port: Port = None,
     api_key: ApiKey = None,
+    engine_process: EngineProcess = None,
+    engine_hang_s: EngineHang = None,
+    drain_timeout_s: DrainTimeout = None,
     served_model_name: Name = None,
     dtype: Dtype = None,
     device: Device = None,
