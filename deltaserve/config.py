@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -20,8 +21,11 @@ from deltaserve.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
+SERVER_KNOBS = ("host", "port", "engine_process", "engine_hang_s", "drain_timeout_s")
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+SchedulingPolicy = Literal["fcfs", "priority", "vtc"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,21 @@ class EngineConfig:
     """Memory for deltas whose projections are kept dense (base + delta): faster on a CPU.
     None takes a quarter of what is free on a CPU, nothing on a GPU."""
 
+    scheduling_policy: SchedulingPolicy = "vtc"
+    """"vtc": bands of priority, then the least served tenant, then age. "priority": without
+    tenants. "fcfs": age alone."""
+    max_queued_requests: int = 8192
+    """Requests that may wait; further ones are refused at once."""
+    max_queued_tokens: int | None = None
+    """Prompt tokens that may wait; None is no limit."""
+    slo_tpot_ms: float | None = None
+    """Milliseconds per output token: no more requests run together than keep it, by the bytes
+    that their step reads. None lets as many run as fit."""
+    max_wait_s: float = 300.0
+    """Seconds after which the oldest request of a tenant for a model goes before all others."""
+    share_prefixes_between_tenants: bool = False
+    """Tenants may use what was computed for others of the same model; hits can then be timed."""
+
     def __post_init__(self) -> None:
         if not self.base:
             raise ConfigError("no base model was given: name its directory or hub id")
@@ -75,9 +94,13 @@ class EngineConfig:
             "max_num_seqs",
             "block_size",
             "kv_cache_memory_bytes",
+            "max_queued_requests",
+            "max_queued_tokens",
             "delta_memory_bytes",
         ):
             _require_positive(name, getattr(self, name))
+        for name in ("slo_tpot_ms", "max_wait_s"):
+            _require_duration(name, getattr(self, name))
         for name in ("host_memory_bytes", "merge_memory_bytes"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -98,6 +121,14 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     """0 picks a free one."""
+    engine_process: bool = True
+    """Run the engine in a process of its own, which is started again if it crashes; otherwise in
+    a thread of the server."""
+    engine_hang_s: float = 300.0
+    """An engine process that gives no sign of life for so long, with work to do, is replaced. A
+    step is one sign of life: make it longer than the longest step."""
+    drain_timeout_s: float = 10.0
+    """What requests in flight may still take when the server is told to stop."""
     api_key_sha256: bytes | None = field(default=None, repr=False)
     """Digest of the key that /v1 asks for (the knob ``api_key``); the key itself is not kept."""
 
@@ -106,6 +137,8 @@ class ServerConfig:
             raise ConfigError(f"port is {self.port}, but must be between 0 and 65535")
         if not self.host:
             raise ConfigError("host is empty: name an address, such as 127.0.0.1")
+        for name in ("engine_hang_s", "drain_timeout_s"):
+            _require_duration(name, getattr(self, name))
 
 
 def load_config(flags: Mapping[str, Any], file: Path | None = None) -> ServerConfig:
@@ -125,7 +158,7 @@ def load_config(flags: Mapping[str, Any], file: Path | None = None) -> ServerCon
     values.update(given)
     for name, value in values.items():
         _check_type(name, value)
-    server = {name: values.pop(name) for name in ("host", "port") if name in values}
+    server = {name: values.pop(name) for name in SERVER_KNOBS if name in values}
     key = values.pop("api_key", None)
     if "base" not in values:
         raise ConfigError("no base model was given: name its directory or hub id")
@@ -159,7 +192,7 @@ def _knobs() -> dict[str, Any]:
     """Name and type of every knob."""
     engine = get_type_hints(EngineConfig)
     server = get_type_hints(ServerConfig)
-    return engine | {"host": server["host"], "port": server["port"], "api_key": str}
+    return engine | {name: server[name] for name in SERVER_KNOBS} | {"api_key": str}
 
 
 def _check_type(name: str, value: Any) -> None:
@@ -170,14 +203,21 @@ def _check_type(name: str, value: Any) -> None:
             raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
         return
     kinds = [kind for kind in get_args(wanted) or (wanted,) if kind is not types.NoneType]
+    if float in kinds:  # 60 is as good as 60.0
+        kinds.append(int)
     if type(value) not in kinds:  # not isinstance: True is an int to Python, not to people
-        names = {int: "a whole number", str: "text", bool: "true or false"}
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
         raise ConfigError(f"{name} is {value!r}, but must be {names[kinds[0]]}")
 
 
 def _require_positive(name: str, value: int | None) -> None:
     if value is not None and value < 1:
         raise ConfigError(f"{name} is {value}, but must be at least 1")
+
+
+def _require_duration(name: str, value: float | None) -> None:
+    if value is not None and not 0 < value < math.inf:
+        raise ConfigError(f"{name} is {value}, but must be a number above 0")
 
 
 def _check_unique(names: list[str]) -> None:

@@ -53,5 +53,13 @@ class UnknownModelError(RequestError):
     """A request names a model that is not served (HTTP 404)."""
 
 
+class QueueFullError(RequestError):
+    """Too many requests wait already (HTTP 429). ``retry_after_s``: when there may be room."""
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int = 1) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
+
+
 class EngineDeadError(DeltaServeError):
     """The engine stopped; nothing can be generated until the server is restarted (HTTP 503)."""

@@ -25,9 +25,13 @@ class Trace:
 
 
 def make_engine(base: Path, deltas: dict[str, Path], **knobs: object) -> Engine:
+    return Engine(engine_config(base, deltas, **knobs))
+
+
+def engine_config(base: Path, deltas: dict[str, Path], **knobs: object) -> EngineConfig:
     sources = tuple(DeltaSource(name, str(path)) for name, path in deltas.items())
     options = {"kv_cache_memory_bytes": 1 << 22, "served_model_name": BASE, **knobs}
-    return Engine(EngineConfig(base=str(base), deltas=sources, **options))  # type: ignore[arg-type]
+    return EngineConfig(base=str(base), deltas=sources, **options)  # type: ignore[arg-type]
 
 
 def run(engine: Engine, requests: list[EngineRequest]) -> Trace:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
 from typing import Any
 
 import torch
@@ -12,55 +11,31 @@ import torch
 from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.digest import checkpoint_digest
 from deltaserve.config import EngineConfig, check_names
+from deltaserve.engine.admission import ByteBudget
+from deltaserve.engine.checks import check_request
+from deltaserve.engine.fairness import make_policy
 from deltaserve.engine.families import family_of
+from deltaserve.engine.gate import QueueGate
 from deltaserve.engine.info import base_version, model_infos, residency_stats
 from deltaserve.engine.kv import BlockPool, Key, root_key
 from deltaserve.engine.loader import Loader, Reader
 from deltaserve.engine.memory import free_memory, plan_deltas, plan_kv
 from deltaserve.engine.model import KVCache, load_base, make_delta_aware
+from deltaserve.engine.observe import StepCounters, copy_table
 from deltaserve.engine.operands import OperandMaker
 from deltaserve.engine.parts import Parts
 from deltaserve.engine.probe import Prober
 from deltaserve.engine.residency import Residency
 from deltaserve.engine.routing import BASE_SLOT, StepContext
 from deltaserve.engine.runner import Runner
-from deltaserve.engine.scheduler import Scheduler, StepPlan
+from deltaserve.engine.scheduler import Scheduler
 from deltaserve.engine.sequence import Sequence
-from deltaserve.engine.types import (
-    EngineRequest,
-    EngineStats,
-    FinishReason,
-    ModelInfo,
-    TokenEvent,
-)
+from deltaserve.engine.types import EngineRequest, EngineStats, FinishReason, ModelInfo, TokenEvent
 from deltaserve.engine.versions import DeltaVersion
-from deltaserve.errors import ArtifactError, ConfigError, RequestError, UnknownModelError
+from deltaserve.errors import ArtifactError, ConfigError, UnknownModelError
 
 # How long a step without rows waits for a load, so that it neither spins nor oversleeps.
 LOAD_WAIT_S = 0.005
-
-
-@dataclass
-class Counters:
-    """What happened since the start."""
-
-    steps: int = 0
-    mixed_steps: int = 0
-    max_models_in_step: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generation_tokens: int = 0
-
-    def count(self, plan: StepPlan, drawing: Iterable[Sequence]) -> None:
-        """Add a committed step; ``drawing``: the sequences that got a token."""
-        self.steps += 1
-        self.mixed_steps += plan.num_models > 1
-        self.max_models_in_step = max(self.max_models_in_step, plan.num_models)
-        for seq in drawing:
-            self.generation_tokens += 1
-            if seq.num_generated == 1:
-                self.prompt_tokens += seq.num_prompt
-                self.cached_tokens += seq.num_cached or 0
 
 
 class Engine:
@@ -97,9 +72,17 @@ class Engine:
             BlockPool(num_blocks, config.block_size),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            policy=make_policy(config.scheduling_policy),
             deltas=self.residency,
+            byte_budget=ByteBudget(
+                config.slo_tpot_ms,
+                base_bytes=base.num_bytes,
+                kv_bytes_per_token=KVCache.bytes_per_token(model_config, dtype),
+            ),
+            gate=QueueGate(config.max_queued_requests, config.max_queued_tokens),
+            max_wait_s=config.max_wait_s,
         )
-        self.counters = Counters()
+        self.counters = StepCounters()
         self._refused: list[TokenEvent] = []
         self._load_deltas()
 
@@ -135,14 +118,19 @@ class Engine:
         self.residency.rollback(name)
 
     def check(self, request: EngineRequest) -> None:
-        """Raises RequestError or UnknownModelError for what could never run. Thread-safe."""
+        """Raises RequestError for what could never run, an id in use, or a full queue.
+
+        Thread-safe.
+        """
         version = self.residency.current(request.model)
         check_request(request, version.needs.vocab_size, self.max_model_len)
+        self.scheduler.check(request)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request that passes ``check``, for the present version of its delta.
 
-        A delta that was unregistered since, or cannot be loaded: the request ends with an error.
+        Raises what ``scheduler.check`` raises if it no longer does. A delta that was unregistered
+        since, or cannot be loaded: the request ends with an error.
         """
         try:
             version = self.residency.current(request.model)
@@ -170,11 +158,16 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Load, plan, execute, commit one step -> the new tokens."""
         events = self._advance_loads()
+        started = time.perf_counter()
         plan = self.scheduler.plan()
         if plan.rows:
+            planned = time.perf_counter()
             sampled = self.runner.execute(plan, self.residency.device.vocab_sizes)
+            executed = time.perf_counter()
+            self.scheduler.observe(plan, executed - planned)
             events += self.scheduler.commit(plan, sampled)
-            self.counters.count(plan, sampled)
+            committed = time.perf_counter()
+            self.counters.count(plan, planned - started, executed - planned, committed - executed)
             self.residency.count_rows(plan.rows_of_slot)
         elif not events:
             self.residency.wait(LOAD_WAIT_S)
@@ -186,21 +179,36 @@ class Engine:
         self.residency.loader.close()
 
     def stats(self) -> EngineStats:
-        pool, counters = self.scheduler.pool, self.counters
+        """May be called by any thread."""
+        scheduler, counters = self.scheduler, self.counters
         return EngineStats(
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
-            kv_blocks_total=pool.num_blocks,
-            kv_blocks_used=pool.num_used,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_blocks_total=scheduler.pool.num_blocks,
+            kv_blocks_used=scheduler.pool.num_used,
             steps=counters.steps,
             mixed_steps=counters.mixed_steps,
             max_models_in_step=counters.max_models_in_step,
-            prompt_tokens=counters.prompt_tokens,
-            cached_tokens=counters.cached_tokens,
-            generation_tokens=counters.generation_tokens,
-            preemptions=self.scheduler.num_preemptions,
+            prompt_tokens=scheduler.usage.total.prompt_tokens,
+            cached_tokens=scheduler.usage.total.cached_tokens,
+            generation_tokens=scheduler.usage.total.generation_tokens,
+            preemptions=scheduler.num_preemptions,
+            queued_requests=scheduler.gate.num_requests,
+            queued_tokens=scheduler.gate.num_tokens,
+            max_queued_requests=self.config.max_queued_requests,
+            max_queued_tokens=self.config.max_queued_tokens,
+            plan_s=counters.plan_s,
+            execute_s=counters.execute_s,
+            commit_s=counters.commit_s,
+            bytes_per_s=scheduler.byte_budget.bytes_per_s,
+            tenants=copy_table(scheduler.usage.tenants),
+            models=copy_table(scheduler.usage.models),
             residency=residency_stats(self.residency),
         )
+
+    def dump(self) -> dict[str, Any]:
+        """The present state as plain JSON, for people who look for a fault."""
+        return {**self.scheduler.dump(), "residency": self.residency.dump()}
 
     def _load_deltas(self) -> None:
         """Those of the configuration that fit; raises ArtifactError for the first that is bad."""
@@ -215,7 +223,7 @@ class Engine:
         events, self._refused = self._refused, []
         for version in self.residency.advance():
             for request_id in self.residency.requests_of(version):
-                event = self.scheduler.abort(request_id, FinishReason.ERROR, version.error)
+                event = self.scheduler.fail(request_id, version.error or "")
                 events += [event] if event else []
         return events
 
@@ -229,27 +237,11 @@ class Engine:
                 self.residency.ended(event.request_id)
 
     def _root_key(self, request: EngineRequest, version: DeltaVersion) -> Key | None:
-        """Whose computed blocks the request may share: same weights, same salt."""
+        """Whose computed blocks the request may share: same weights, salt and tenant."""
         if not self.config.enable_prefix_caching:
             return None
-        return root_key(version.digest, request.cache_salt)
-
-
-def check_request(request: EngineRequest, vocab_size: int, max_model_len: int) -> None:
-    """Raises RequestError for what could never run; names the field."""
-    prompt, max_tokens = request.prompt_ids, request.sampling.max_tokens
-    if not prompt:
-        raise RequestError("the prompt is empty", param="prompt")
-    if max_tokens < 1:
-        raise RequestError(f"max_tokens must be at least 1, not {max_tokens}", param="max_tokens")
-    if len(prompt) + max_tokens > max_model_len:
-        raise RequestError(
-            f"this model's maximum context length is {max_model_len} tokens, but the request "
-            f"has {len(prompt)} in the prompt and asks for {max_tokens} more",
-            param="max_tokens" if len(prompt) < max_model_len else "prompt",
-        )
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        raise RequestError(f"token ids must lie between 0 and {vocab_size - 1}", param="prompt")
+        tenant = "" if self.config.share_prefixes_between_tenants else request.tenant
+        return root_key(version.digest, request.cache_salt, tenant)
 
 
 def _device(config: EngineConfig) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from deltaserve.engine.kv import Key, next_key
-from deltaserve.engine.types import EngineRequest, FinishReason
+from deltaserve.engine.observe import Stopwatch
+from deltaserve.engine.types import EngineRequest, FinishReason, TokenEvent, Usage
 from deltaserve.engine.versions import DeltaVersion
 
 
@@ -18,6 +21,11 @@ class Sequence:
     root: start of the chain of keys of its full blocks; None keeps them to itself. keys: as
     many of them as were needed so far. num_cached: prompt tokens that were found computed
     when the sequence was first admitted.
+
+    Of the scheduler: version: the delta that it is bound to, if the store tells versions
+    apart. number: order of arrival. first_since: when it became the oldest of its lane. aged:
+    it was that for too long. holds_delta: acquired and not released. family: itself and its
+    siblings, oldest first, where there are any.
     """
 
     request: EngineRequest
@@ -30,6 +38,13 @@ class Sequence:
     keys: list[Key] = field(default_factory=list)
     num_cached: int | None = None
     version: DeltaVersion | None = None
+    number: int = 0
+    first_since: float | None = None
+    aged: bool = False
+    holds_delta: bool = False
+    family: dict[Sequence, None] | None = None
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    usages: tuple[Usage, ...] = ()
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
@@ -46,6 +61,11 @@ class Sequence:
     def num_generated(self) -> int:
         return self.num_tokens - self.num_prompt
 
+    @property
+    def delta_key(self) -> Hashable:
+        """Equal for requests that run on the same weights."""
+        return self.request.model if self.version is None else self.version
+
     def keys_of(self, count: int, block_size: int) -> list[Key]:
         """Keys of the first ``count`` blocks, which are full of known tokens."""
         if self.root is None:
@@ -56,6 +76,23 @@ class Sequence:
             self.keys.append(next_key(parent, self.token_ids[start : start + block_size]))
         return self.keys[:count]
 
+    def is_sibling(self, other: Sequence) -> bool:
+        """Same prompt, weights, tenant and salt: may their blocks be the same?"""
+        mine, others = self.request, other.request
+        return (
+            self.delta_key == other.delta_key
+            and (mine.tenant, mine.cache_salt) == (others.tenant, others.cache_salt)
+            and mine.prompt_ids == others.prompt_ids
+        )
+
+    def waits_for_sibling(self, block_size: int) -> bool:
+        """Is an older sibling still to compute the blocks of the prompt that both need?"""
+        if self.family is None:
+            return False
+        eldest = next(iter(self.family))
+        shared = (self.num_prompt - 1) // block_size * block_size
+        return eldest is not self and eldest.num_computed < shared
+
     def append(self, token_id: int) -> FinishReason | None:
         """Add a generated token; the reason why the sequence ends with it, if it does."""
         self.token_ids.append(token_id)
@@ -64,3 +101,25 @@ class Sequence:
         if self.num_generated >= self.request.sampling.max_tokens:
             return FinishReason.LENGTH
         return None
+
+    def event(self, token_id: int, reason: FinishReason | None) -> TokenEvent:
+        """What the submitter is told of a token that was just appended."""
+        cached = self.num_cached or 0
+        return TokenEvent(self.request.request_id, (token_id,), reason, num_cached=cached)
+
+    def describe(self, now: float) -> dict[str, Any]:
+        """Its state as plain JSON; no word of its prompt."""
+        return {
+            "request_id": self.request.request_id,
+            "model": self.request.model,
+            "tenant": self.request.tenant,
+            "priority": self.request.priority,
+            "phase": self.watch.phase.name.lower(),
+            "aged": self.aged,
+            "slot": self.slot,
+            "prompt_tokens": self.num_prompt,
+            "generated_tokens": self.num_generated,
+            "computed_tokens": self.num_computed,
+            "blocks": len(self.blocks),
+            "seconds": asdict(self.watch.read(now)),
+        }

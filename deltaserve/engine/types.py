@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -45,7 +45,8 @@ class SamplingParams:
 class EngineRequest:
     """One sequence to continue. ``model`` is a delta's name, or the base's.
 
-    Requests share computed prefixes only with those of the same model and ``cache_salt``.
+    Requests share computed prefixes only with those of the same model and ``cache_salt``, and of
+    the same tenant unless the engine is configured otherwise.
     """
 
     request_id: str
@@ -53,6 +54,26 @@ class EngineRequest:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     cache_salt: str = ""
+    tenant: str = ""
+    """Whose service is counted; "" is everybody without a name."""
+    weight: float = 1.0
+    """The tenant's share, relative to others."""
+    priority: int = 0
+    """Lower runs first."""
+    fork_of: str | None = None
+    """Id of a sibling with the same prompt, model, tenant and salt, which came before: its
+    blocks of the prompt are shared. Of a request that is gone, or unlike, nothing is."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTiming:
+    """Seconds that a request waited for its turn, waited for its delta to be loaded, computed
+    its prompt, and generated; what is computed again after a preemption counts as prefill."""
+
+    queued: float = 0.0
+    load: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +89,8 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     error: str | None = None
     num_cached: int = 0
+    timing: RequestTiming | None = None
+    """With the last event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +118,23 @@ class ModelInfo:
     """Never evicted."""
     error: str | None = None
     """Why it, or the newer version that should have replaced it, could not be loaded."""
+
+
+@dataclass(slots=True)
+class Usage:
+    """Counters of a tenant's or a model's requests since start. prompt_tokens: of those that
+    were admitted; cached_tokens of them did not have to be computed. Seconds: of those that
+    ended, summed."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    queued_s: float = 0.0
+    load_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,4 +179,19 @@ class EngineStats:
     cached_tokens: int
     generation_tokens: int
     preemptions: int
+    queued_requests: int = 0
+    """Those that wait and never ran; the limits are compared with these two."""
+    queued_tokens: int = 0
+    max_queued_requests: int | None = None
+    max_queued_tokens: int | None = None
+    plan_s: float = 0.0
+    """Seconds in all steps: planning, ..."""
+    execute_s: float = 0.0
+    """... computing, ..."""
+    commit_s: float = 0.0
+    """... and taking the results."""
+    bytes_per_s: float | None = None
+    """Measured on steps that only decode, where ``slo_tpot_ms`` is set."""
+    tenants: dict[str, Usage] = field(default_factory=dict)
+    models: dict[str, Usage] = field(default_factory=dict)
     residency: ResidencyStats = ResidencyStats()

@@ -113,8 +113,11 @@ class DeltaVersion:
 
     @property
     def shown_state(self) -> State:
-        """As ``ModelInfo`` has it: what was unregistered is draining until it is gone."""
-        return State.DRAINING if self.retired else self.state
+        """As ``ModelInfo`` has it: what was unregistered is draining until it is gone; what
+        others drain to make room is served as before."""
+        if self.retired:
+            return State.DRAINING
+        return State.READY if self.state is State.DRAINING else self.state
 
 
 @dataclass(eq=False, slots=True)

@@ -123,9 +123,12 @@ def _stop_ids(choice: Choice) -> frozenset[int]:
 
 
 def _variant(request: EngineRequest, index: int, choice: int) -> EngineRequest:
-    """The request of one choice: with an id of its own, and with a seed of its own."""
+    """The request of one choice: an id and a seed of its own, the prompt of the first one."""
     sampling = replace(request.sampling, seed=derive_seed(request.sampling, choice))
-    return replace(request, request_id=f"{request.request_id}-{index}", sampling=sampling)
+    first = f"{request.request_id}-{index - choice}" if choice else None
+    return replace(
+        request, request_id=f"{request.request_id}-{index}", sampling=sampling, fork_of=first
+    )
 
 
 def derive_seed(sampling: SamplingParams, choice: int) -> int | None:

@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import torch
@@ -52,12 +54,15 @@ def deltas(checkpoints: dict[str, Path]) -> dict[str, Path]:
     return {name: out / name for name in ("alpha", "beta")}
 
 
-def start(checkpoints: dict[str, Path], deltas: dict[str, Path]) -> tuple[subprocess.Popen, str]:
+def start(
+    checkpoints: dict[str, Path], deltas: dict[str, Path], *options: str
+) -> tuple[subprocess.Popen, str]:
     """The command in its own process, and its URL once it is ready."""
     command = [sys.executable, "-m", "deltaserve", "serve", str(checkpoints["base"])]
     for name, path in deltas.items():
         command += ["--delta", f"{name}={path}"]
     command += ["--port", "0", "--device", "cpu", "--kv-cache-memory-bytes", str(1 << 24)]
+    command += options
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     lines = []
     for line in process.stdout or ():
@@ -67,9 +72,11 @@ def start(checkpoints: dict[str, Path], deltas: dict[str, Path]) -> tuple[subpro
     raise AssertionError(f"the server ended with {process.wait()}: {lines}")
 
 
-@pytest.fixture(scope="module")
-def url(checkpoints: dict[str, Path], deltas: dict[str, Path]) -> Iterator[str]:
-    process, url = start(checkpoints, deltas)
+@pytest.fixture(scope="module", params=["--engine-process", "--no-engine-process"])
+def url(
+    request: pytest.FixtureRequest, checkpoints: dict[str, Path], deltas: dict[str, Path]
+) -> Iterator[str]:
+    process, url = start(checkpoints, deltas, request.param)
     yield url
     process.terminate()
     assert process.wait(20) == 0
@@ -161,6 +168,86 @@ def test_interrupt_while_streaming(checkpoints, deltas):
     assert process.wait(20) == 0
     assert process.stdout is not None
     assert "DeltaServe stopped." in process.stdout.read()
+
+
+def engine_of(server: subprocess.Popen) -> list[int]:
+    """The server's child processes."""
+    children = Path(f"/proc/{server.pid}/task").glob("*/children")
+    return [int(pid) for file in children for pid in file.read_text().split()]
+
+
+def gone(pid: int) -> bool:
+    try:
+        return "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_killed_engine_comes_back_and_a_killed_server_takes_it_along(checkpoints, deltas):
+    server, url = start(checkpoints, deltas)
+    with (
+        httpx.Client(base_url=url) as http,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
+    ):
+        assert http.get("/ready").status_code == 200
+        ask = {"model": "beta", "prompt": "x", "temperature": 0}
+        before = client.completions.create(**ask).choices[0].text
+        stream = client.completions.create(**ask, max_tokens=200, stream=True)
+        next(iter(stream))
+        for pid in engine_of(server):
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="was killed by SIGKILL"):
+            list(stream)
+        assert http.get("/ready").status_code == 503
+        assert http.get("/health").json() == {"status": "recovering"}
+        with pytest.raises(openai.InternalServerError, match="being started again"):
+            client.completions.create(**ask)
+        wait_until(lambda: http.get("/ready").status_code == 200)
+        assert client.completions.create(**ask).choices[0].text == before
+    children = engine_of(server)
+    assert children
+    server.kill()
+    server.wait()
+    wait_until(lambda: all(map(gone, children)), 3.0)
+
+
+def test_what_does_not_end_in_time_is_told_why(checkpoints, deltas):
+    server, url = start(checkpoints, deltas, "--drain-timeout-s", "0.3")
+    with (
+        httpx.Client(base_url=url) as http,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
+    ):
+        ask = {"model": "beta", "prompt": "x", "n": 64, "extra_body": {"ignore_eos": True}}
+        stream = client.completions.create(**ask, max_tokens=200, stream=True)
+        next(iter(stream))
+        server.send_signal(signal.SIGTERM)
+        wait_until(lambda: http.get("/ready").status_code == 503)
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            client.completions.create(model="beta", prompt="x")
+        with pytest.raises(openai.APIError, match=r"did not end within 0\.3 s"):
+            list(stream)
+    assert server.wait(20) == 0
+
+
+def test_a_second_signal_ends_it_at_once(checkpoints, deltas):
+    server, url = start(checkpoints, deltas, "--drain-timeout-s", "600")
+    children = engine_of(server)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        ask = {"model": "beta", "prompt": "x", "n": 64, "extra_body": {"ignore_eos": True}}
+        stream = client.completions.create(**ask, max_tokens=200, stream=True)
+        next(iter(stream))
+        server.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(10) == 0
+    assert all(map(gone, children))
 
 
 def test_bad_starts(checkpoints, deltas, capfd, monkeypatch):

@@ -45,7 +45,7 @@ class FakeEngine:
     def reset(self) -> None:
         self.script: Script = echo
         self.pause = 0.0
-        self.dead = False
+        self.dead = self.restarting = False
         self.submitted: list[EngineRequest] = []
         self.aborted: list[str] = []
         self.streaming: set[str] = set()
@@ -77,5 +77,8 @@ class FakeEngine:
     def alive(self) -> bool:
         return not self.dead
 
-    def close(self) -> None:
+    def recovering(self) -> bool:
+        return self.dead and self.restarting
+
+    def close(self, reason: str = "") -> None:
         pass
