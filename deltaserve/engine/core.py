@@ -16,8 +16,8 @@ from deltaserve.engine.admission import ByteBudget
 from deltaserve.engine.deltas import ResidentDeltas
 from deltaserve.engine.fairness import make_policy
 from deltaserve.engine.families import family_of
+from deltaserve.engine.gate import QueueGate
 from deltaserve.engine.kv import BlockPool, Key, root_key
-from deltaserve.engine.limits import QueueGate
 from deltaserve.engine.memory import plan_kv
 from deltaserve.engine.model import KVCache, load_base, make_delta_aware
 from deltaserve.engine.observe import StepCounters, copy_table

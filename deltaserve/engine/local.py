@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from deltaserve.config import EngineConfig
 from deltaserve.engine.core import Engine
-from deltaserve.engine.limits import QueueGate
+from deltaserve.engine.gate import QueueGate
 from deltaserve.engine.types import (
     EngineRequest,
     EngineStats,
