@@ -32,18 +32,21 @@ class QueueGate:
         return len(self._queued)
 
     def check(self, request: EngineRequest, now: float) -> None:
-        """Raises QueueFullError if there is no room for it."""
-        if not self._queued:
+        """Raises QueueFullError if there is no room for it. Thread-safe."""
+        requests, tokens = len(self._queued), self.num_tokens
+        admissions = tuple(self._admissions)  # of one moment: this may be another thread
+        since = admissions[0][0] if admissions else now
+        if not requests:
             return
-        if self.max_requests is not None and len(self._queued) >= self.max_requests:
-            share = (len(self._queued) + 1 - self.max_requests) / max(len(self._admissions), 1)
-            waiting = f"{len(self._queued)} requests wait"
-            self._refuse(f"{waiting}, max_queued_requests is {self.max_requests}", share, now)
-        if self.max_tokens is not None and self.num_tokens + _tokens(request) > self.max_tokens:
-            excess = self.num_tokens + _tokens(request) - self.max_tokens
-            share = excess / max(sum(tokens for _, tokens in self._admissions), 1)
-            waiting = f"{self.num_tokens} prompt tokens wait"
-            self._refuse(f"{waiting}, max_queued_tokens is {self.max_tokens}", share, now)
+        if self.max_requests is not None and requests >= self.max_requests:
+            share = (requests + 1 - self.max_requests) / max(len(admissions), 1)
+            limit = f"{requests} requests wait, max_queued_requests is {self.max_requests}"
+            raise _full(limit, (now - since) * share)
+        if self.max_tokens is not None and tokens + _tokens(request) > self.max_tokens:
+            excess = tokens + _tokens(request) - self.max_tokens
+            share = excess / max(sum(count for _, count in admissions), 1)
+            limit = f"{tokens} prompt tokens wait, max_queued_tokens is {self.max_tokens}"
+            raise _full(limit, (now - since) * share)
 
     def enter(self, request: EngineRequest) -> None:
         self._queued[request.request_id] = _tokens(request)
@@ -61,13 +64,12 @@ class QueueGate:
         self.num_tokens -= tokens or 0
         return tokens
 
-    def _refuse(self, what: str, share: float, now: float) -> None:
-        """share: what has to leave the queue, relative to what left it in the remembered time."""
-        span = now - self._admissions[0][0] if self._admissions else 0.0
-        seconds = min(max(math.ceil(span * share), 1), LONGEST_RETRY_S)
-        raise QueueFullError(
-            f"the queue is full: {what}; try again in {seconds} s", retry_after_s=seconds
-        )
+
+def _full(limit: str, seconds: float) -> QueueFullError:
+    """seconds: in which as much left the queue as has to."""
+    retry_after_s = min(max(math.ceil(seconds), 1), LONGEST_RETRY_S)
+    message = f"the queue is full: {limit}; try again in {retry_after_s} s"
+    return QueueFullError(message, retry_after_s=retry_after_s)
 
 
 def _tokens(request: EngineRequest) -> int:
