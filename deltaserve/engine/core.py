@@ -223,7 +223,7 @@ class Engine:
         events, self._refused = self._refused, []
         for version in self.residency.advance():
             for request_id in self.residency.requests_of(version):
-                event = self.scheduler.fail(request_id, version.error or "")
+                event = self.scheduler.abort(request_id, FinishReason.ERROR, version.error)
                 events += [event] if event else []
         return events
 
