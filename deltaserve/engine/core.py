@@ -42,7 +42,7 @@ class Counters:
         self.mixed_steps += plan.num_models > 1
         self.max_models_in_step = max(self.max_models_in_step, plan.num_models)
         for seq in drawing:
-            self.generation_tokens += 1
+            self.generation_tokens += seq.request.sampling.max_tokens > 0
             if seq.num_generated == 1:
                 self.prompt_tokens += seq.num_prompt
                 self.cached_tokens += seq.num_cached or 0
@@ -157,8 +157,11 @@ class Engine:
         return resident.slot, resident.vocab_size
 
     def _root_key(self, request: EngineRequest) -> Key | None:
-        """Whose computed blocks the request may share: same weights, same salt."""
-        if not self.config.enable_prefix_caching:
+        """Whose computed blocks the request may share: same weights, same salt.
+
+        None with prompt logprobs: what would be reused has no logits to take them from.
+        """
+        if not self.config.enable_prefix_caching or request.sampling.prompt_logprobs is not None:
             return None
         resident = self.residency.residents.get(request.model)
         digest = resident.delta.manifest.digest if resident else self.residency.base_digest
@@ -174,8 +177,11 @@ def check_request(request: EngineRequest, vocab_size: int, max_model_len: int) -
     prompt, max_tokens = request.prompt_ids, request.sampling.max_tokens
     if not prompt:
         raise RequestError("the prompt is empty", param="prompt")
-    if max_tokens < 1:
-        raise RequestError(f"max_tokens must be at least 1, not {max_tokens}", param="max_tokens")
+    least = 1 if request.sampling.prompt_logprobs is None else 0
+    if max_tokens < least:
+        raise RequestError(
+            f"max_tokens must be at least {least}, not {max_tokens}", param="max_tokens"
+        )
     if len(prompt) + max_tokens > max_model_len:
         raise RequestError(
             f"this model's maximum context length is {max_model_len} tokens, but the request "

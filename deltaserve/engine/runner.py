@@ -1,16 +1,18 @@
 """Execute: a plan becomes tensors, the tensors logits, the logits tokens.
 
-T packed tokens, R rows (sequences), S rows that draw a token, V vocabulary.
+T packed tokens, R rows (sequences), S rows that draw a token, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from deltaserve.engine import logprobs
 from deltaserve.engine.logits import adjust
 from deltaserve.engine.model import KVCache
 from deltaserve.engine.routing import Routing, StepContext, segments
@@ -37,7 +39,10 @@ class Runner:
     def __init__(
         self, model: nn.Module, step: StepContext, kv: KVCache, *, block_size: int, device: str
     ) -> None:
-        self.model = model
+        causal_lm: Any = model
+        self.decoder = causal_lm.get_decoder()
+        self.head = causal_lm.get_output_embeddings()
+        self.softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
         self.step = step
         self.kv = kv
         self.block_size = block_size
@@ -50,12 +55,19 @@ class Runner:
         vocab_sizes: slot -> how many tokens its model knows.
         """
         drawing = [row.seq for row in plan.rows if row.samples]
-        logits_SV = self.forward(self.prepare(plan))
+        inputs = self.prepare(plan)
+        hidden_TD = self.forward(inputs)
+        self._score_prompts(plan, inputs.routing, hidden_TD, vocab_sizes)
         if not drawing:
             return {}
+        logits_SV = self.logits(hidden_TD[inputs.last_S], inputs.routing)
         _mask_foreign_tokens(logits_SV, [vocab_sizes[seq.slot] for seq in drawing])
+        asking = [s for s, seq in enumerate(drawing) if seq.request.sampling.logprobs is not None]
+        raw_AV = logits_SV[asking] if asking else None
         adjust(logits_SV, drawing)
         tokens = self._sample(logits_SV, drawing)
+        if raw_AV is not None:
+            _score_answers(raw_AV, [drawing[s] for s in asking], [tokens[s] for s in asking])
         return dict(zip(drawing, tokens, strict=True))
 
     def prepare(self, plan: StepPlan) -> StepInput:
@@ -80,17 +92,50 @@ class Runner:
         )
 
     def forward(self, inputs: StepInput) -> torch.Tensor:
-        """One packed step of the model -> logits [S, V] of the rows that draw, float32."""
+        """One packed step of the model -> the last layer's states of all tokens [T, D]."""
         self.step.routing = inputs.routing
-        logits_1SV: torch.Tensor = self.model(
+        hidden_1TD: torch.Tensor = self.decoder(
             input_ids=inputs.ids_T[None],
             position_ids=inputs.positions_T[None],
             use_cache=False,
-            logits_to_keep=inputs.last_S,
             kv=self.kv,
             batch=inputs.batch,
-        ).logits
-        return logits_1SV[0].float()
+        ).last_hidden_state
+        return hidden_1TD[0]
+
+    def logits(self, hidden_SD: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Logits [S, V], float32, of states whose deltas are those of ``routing.logits``.
+
+        Apart from the decoder, so that a long prompt's can be computed in pieces.
+        """
+        self.step.routing = routing
+        logits_SV: torch.Tensor = self.head(hidden_SD[None])[0]
+        if self.softcap is not None:
+            logits_SV = self.softcap * torch.tanh(logits_SV / self.softcap)
+        return logits_SV.float()
+
+    def _score_prompts(
+        self,
+        plan: StepPlan,
+        routing: Routing,
+        hidden_TD: torch.Tensor,
+        vocab_sizes: dict[int, int],
+    ) -> None:
+        """Append the logprobs of prompts that the step has computed a part of."""
+        first = 0  # the row's first token in the packed step
+        for row in plan.rows:
+            seq, positions = row.seq, logprobs.missing_positions(row)
+            vocab_size = vocab_sizes[seq.slot]
+            length = max(1, logprobs.CHUNK_BYTES // (4 * vocab_size))
+            for start in range(positions.start, positions.stop, length):
+                stop = min(start + length, positions.stop)
+                index = slice(first + start - row.start, first + stop - row.start)
+                own = replace(routing, logits=segments([seq.slot] * (stop - start)))
+                logits_PV = self.logits(hidden_TD[index], own)[:, :vocab_size]
+                num_top = [seq.request.sampling.prompt_logprobs or 0] * (stop - start)
+                targets = seq.token_ids[start + 1 : stop + 1]
+                seq.prompt_logprobs += logprobs.describe(logits_PV, targets, num_top)
+            first += row.num_new
 
     def _paged_batch(self, plan: StepPlan, positions: np.ndarray, lens_R: np.ndarray) -> PagedBatch:
         width = max(len(row.seq.blocks) for row in plan.rows)
@@ -120,6 +165,13 @@ class Runner:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def _score_answers(raw_AV: torch.Tensor, seqs: list[Sequence], tokens: list[int]) -> None:
+    """Note the logprobs of the drawn tokens. A rows whose requests asked for them."""
+    num_top = [seq.request.sampling.logprobs or 0 for seq in seqs]
+    for seq, found in zip(seqs, logprobs.describe(raw_AV, tokens, num_top), strict=True):
+        seq.logprobs = found
 
 
 def _mask_foreign_tokens(logits_SV: torch.Tensor, vocab_sizes: list[int]) -> None:

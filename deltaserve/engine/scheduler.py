@@ -79,8 +79,7 @@ class Scheduler:
             reason = row.seq.append(token)
             if reason is not None:
                 self._finish(row.seq)
-            name, cached = row.seq.request.request_id, row.seq.num_cached or 0
-            events.append(TokenEvent(name, (token,), reason, num_cached=cached))
+            events.append(row.seq.event(token, reason))
         return events
 
     def abort(self, request_id: str) -> TokenEvent | None:

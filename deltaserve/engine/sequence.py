@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from deltaserve.engine.kv import Key, next_key
-from deltaserve.engine.types import EngineRequest, FinishReason
+from deltaserve.engine.types import EngineRequest, FinishReason, TokenEvent, TokenLogprobs
 
 
 @dataclass(eq=False, slots=True)
@@ -15,7 +15,8 @@ class Sequence:
     slot: which delta applies (0 is the base). blocks: KV blocks, in order of position.
     root: start of the chain of keys of its full blocks; None keeps them to itself. keys: as
     many of them as were needed so far. num_cached: prompt tokens that were found computed
-    when the sequence was first admitted.
+    when the sequence was first admitted. logprobs: of the token drawn last; prompt_logprobs: of
+    the prompt from its second token on, as far as computed. Both only where they were asked for.
     """
 
     request: EngineRequest
@@ -27,6 +28,8 @@ class Sequence:
     root: Key | None = None
     keys: list[Key] = field(default_factory=list)
     num_cached: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
@@ -61,3 +64,18 @@ class Sequence:
         if self.num_generated >= self.request.sampling.max_tokens:
             return FinishReason.LENGTH
         return None
+
+    def event(self, token_id: int, reason: FinishReason | None) -> TokenEvent:
+        """What the submitter is told of a token that was just appended."""
+        params = self.request.sampling
+        # With max_tokens 0 the token only marks the end of the prompt.
+        wanted = params.max_tokens > 0
+        first = self.num_generated == 1 and params.prompt_logprobs is not None
+        return TokenEvent(
+            self.request.request_id,
+            (token_id,) if wanted else (),
+            reason,
+            num_cached=self.num_cached or 0,
+            logprobs=(self.logprobs,) if self.logprobs is not None and wanted else None,
+            prompt_logprobs=tuple(self.prompt_logprobs) if first else None,
+        )
