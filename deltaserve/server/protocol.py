@@ -6,7 +6,7 @@ that has no effect, because many clients always send them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -26,8 +26,11 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_IDS = 128
 MAX_BIASES = 1024
+MAX_LOGPROBS = 20
+"""Most of the likeliest tokens that can be asked for, OpenAI's and vLLM's limit."""
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 # Values without effect, besides null. A field that is neither here nor in a model is unknown.
@@ -53,7 +56,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
     "mm_processor_kwargs": (),
@@ -61,10 +63,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "priority": (0,),
     "prompt_cache_retention": (),
-    "prompt_logprobs": (),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
@@ -153,6 +153,8 @@ class GenerationRequest(Strict):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
     """Token id, as text, to what is added to its logit."""
+    prompt_logprobs: NumLogprobs | None = None
+    return_token_ids: bool | None = None
     # For the operator's records; they have no effect on answers.
     user: str | None = None
     safety_identifier: str | None = None
@@ -167,6 +169,16 @@ class GenerationRequest(Strict):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to report beside each token; None is no report."""
+        raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same of the prompt's tokens, for whatever part of the answer."""
+        return self.prompt_logprobs
+
 
 class CompletionRequest(GenerationRequest):
     prompt: Annotated[
@@ -174,6 +186,23 @@ class CompletionRequest(GenerationRequest):
         _one_of("a text, a list of texts, a list of token ids, or a list of lists of token ids"),
     ]
     add_special_tokens: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
+    """0 only reads the prompt, for ``echo`` or ``prompt_logprobs``."""
+    echo: bool | None = None
+    logprobs: Annotated[
+        NumLogprobs | Literal[False] | None, _one_of(f"a whole number from 0 to {MAX_LOGPROBS}")
+    ] = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return None if self.logprobs is False else self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        echoed = self.num_logprobs if self.echo else None
+        asked = [number for number in (echoed, self.prompt_logprobs) if number is not None]
+        # Without an answer it is the prompt's logprobs that the engine works for.
+        return max(asked, default=0 if self.max_tokens == 0 else None)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -199,6 +228,12 @@ class Message(Strict):
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
@@ -219,9 +254,25 @@ def parse(model: type[RequestT], body: bytes) -> RequestT:
         if not request.stream:
             raise RequestError("stream_options needs stream=true", param="stream_options")
         _refuse_extra(request.stream_options, STREAM_OPTIONS_NEUTRAL, "stream_options.")
+    if request.stream and request.prompt_logprobs is not None:
+        raise RequestError(
+            "prompt_logprobs are not sent with stream=true: ask without it, or use "
+            "/v1/completions with echo and logprobs",
+            param="prompt_logprobs",
+        )
     if isinstance(request, ChatRequest):
         _check_chat(request)
+    elif isinstance(request, CompletionRequest):
+        _check_completion(request)
     return request
+
+
+def _check_completion(request: CompletionRequest) -> None:
+    if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
+        raise RequestError(
+            "max_tokens is 0: that needs echo or prompt_logprobs, or nothing would be answered",
+            param="max_tokens",
+        )
 
 
 def _check_chat(request: ChatRequest) -> None:
@@ -245,6 +296,8 @@ def _check_chat(request: ChatRequest) -> None:
         raise RequestError(
             "max_tokens and max_completion_tokens differ: send one of them", param="max_tokens"
         )
+    if request.top_logprobs and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
 
 
 def _refuse_extra(model: Strict, neutral: dict[str, tuple[Any, ...]], prefix: str = "") -> None:

@@ -14,7 +14,7 @@ from deltaserve.engine.types import EngineRequest, ModelInfo, SamplingParams
 from deltaserve.errors import RequestError, UnknownModelError
 from deltaserve.server.errors import ApiError
 from deltaserve.server.generate import Generation
-from deltaserve.server.protocol import GenerationRequest, RequestT, parse
+from deltaserve.server.protocol import CompletionRequest, GenerationRequest, RequestT, parse
 from deltaserve.server.sse import ClientGoneError
 from deltaserve.server.tokenizers import ModelTokenizer
 
@@ -81,7 +81,15 @@ class Service:
             )
             for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
         ]
-        generation = Generation(self.client, model.tokenizer, body.stops, body.n or 1, requests)
+        generation = Generation(
+            self.client,
+            model.tokenizer,
+            body.stops,
+            body.n or 1,
+            requests,
+            echo=isinstance(body, CompletionRequest) and bool(body.echo),
+            track=body.num_logprobs is not None or bool(body.return_token_ids),
+        )
         generation.submit()
         return generation
 
@@ -141,17 +149,18 @@ def check_prompt(
             param=param,
         )
     room = model.max_model_len - len(prompt)
-    if room < (max_tokens or 1):
-        asked = f"max_tokens = {max_tokens}" if max_tokens else "at least 1 to generate"
+    needed = 1 if max_tokens is None else max_tokens
+    if room < needed:
+        asked = "at least 1 to generate" if max_tokens is None else f"max_tokens = {max_tokens}"
         raise ApiError(
             400,
             f"{model.info.name} has a context of {model.max_model_len} tokens, but this request "
-            f"needs {len(prompt) + (max_tokens or 1)}: {len(prompt)} in the prompt and {asked}. "
+            f"needs {len(prompt) + needed}: {len(prompt)} in the prompt and {asked}. "
             "Shorten the prompt or lower max_tokens.",
             param=param,
             code="context_length_exceeded",
         )
-    return max_tokens or min(room, default or room)
+    return min(room, default or room) if max_tokens is None else max_tokens
 
 
 def check_choices(num_prompts: int, n: int | None) -> None:
@@ -184,6 +193,8 @@ def _sampling(body: GenerationRequest, model: ServedModel, max_tokens: int) -> S
         presence_penalty=body.presence_penalty or 0.0,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias=_logit_bias(body.logit_bias or {}, model),
+        logprobs=body.num_logprobs,
+        prompt_logprobs=body.num_prompt_logprobs,
     )
 
 

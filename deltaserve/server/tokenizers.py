@@ -25,6 +25,19 @@ TOKENIZER_FILES = (
     "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
 )  # fmt: skip
 
+SENTENCEPIECE_SPACE = "\u2581"
+
+
+def _byte_characters() -> dict[str, int]:
+    """Character -> byte in the vocabularies of byte-level BPE (GPT-2): printable Latin-1
+    characters stand for themselves, the other bytes for characters from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_characters()
+
 # What a template raises when the messages are not what it expects.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
@@ -45,6 +58,8 @@ class ModelTokenizer:
         self.special_ids = frozenset(tokenizer.all_special_ids) | {
             number for number, token in tokenizer.added_tokens_decoder.items() if token.special
         }
+        self._bytes_of: dict[int, bytes] = {}
+        self._byte_level = self._backend is not None and "ByteLevel" in repr(self._backend.decoder)
         self.byte_ids: frozenset[int] = frozenset()
         if self._backend is None or "ByteFallback" in repr(self._backend.decoder):
             vocabulary = tokenizer.get_vocab()
@@ -84,6 +99,25 @@ class ModelTokenizer:
                 f"the model's chat template refuses these messages: {reason}", param="messages"
             ) from error
         return list(ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, alone; of a special token, its name."""
+        known = self._bytes_of.get(token_id)
+        if known is None:
+            known = self._bytes_of[token_id] = self._spell(token_id)
+        return known
+
+    def _spell(self, token_id: int) -> bytes:
+        added = self._tokenizer.added_tokens_decoder.get(token_id)
+        if added is not None:
+            return added.content.encode()
+        # None for rows of the embedding past the vocabulary.
+        name: Any = self._tokenizer.convert_ids_to_tokens(token_id) or ""
+        if token_id in self.byte_ids:
+            return bytes([int(name[3:5], 16)])
+        if self._byte_level:
+            return bytes(BYTE_OF_CHARACTER[c] for c in name if c in BYTE_OF_CHARACTER)
+        return str(name).replace(SENTENCEPIECE_SPACE, " ").encode()
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens, and without transformers' cleaning of English spaces:
