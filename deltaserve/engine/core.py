@@ -13,6 +13,7 @@ from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.digest import checkpoint_digest
 from deltaserve.config import EngineConfig
 from deltaserve.engine.families import family_of
+from deltaserve.engine.grammar import AllowedTokens, Preparing, Vocabulary
 from deltaserve.engine.kv import BlockPool, Key, root_key
 from deltaserve.engine.memory import plan_kv
 from deltaserve.engine.model import KVCache, load_base, make_delta_aware
@@ -21,7 +22,13 @@ from deltaserve.engine.routing import BASE_SLOT, StepContext
 from deltaserve.engine.runner import Runner
 from deltaserve.engine.scheduler import Scheduler, StepPlan
 from deltaserve.engine.sequence import Sequence
-from deltaserve.engine.types import EngineRequest, EngineStats, ModelInfo, TokenEvent
+from deltaserve.engine.types import (
+    EngineRequest,
+    EngineStats,
+    ModelInfo,
+    SamplingParams,
+    TokenEvent,
+)
 from deltaserve.errors import ConfigError, RequestError, UnknownModelError
 
 
@@ -81,6 +88,7 @@ class Engine:
         )
         for source in config.deltas:
             self.residency.load(source.name, source.path)
+        self.preparing = Preparing()
         self.counters = Counters()
 
     def models(self) -> list[ModelInfo]:
@@ -107,24 +115,34 @@ class Engine:
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request that passes ``check``."""
-        slot, _ = self._model_of(request)
+        slot, vocab_size = self._model_of(request)
         seed = request.sampling.seed
         seed = secrets.randbits(63) if seed is None else seed
-        self.scheduler.add(Sequence(request, slot, seed, root=self._root_key(request)))
+        seq = Sequence(request, slot, seed, root=self._root_key(request))
+        if request.sampling.allowed_token_ids is not None:
+            seq.matcher = AllowedTokens(request.sampling.allowed_token_ids, vocab_size)
+        if request.sampling.grammar is not None:
+            self.preparing.add(seq, self._vocabulary(request.model, vocab_size))
+        else:
+            self.scheduler.add(seq)
 
     def abort(self, request_id: str) -> TokenEvent | None:
-        return self.scheduler.abort(request_id)
+        return self.preparing.abort(request_id) or self.scheduler.abort(request_id)
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        return bool(self.preparing) or self.scheduler.has_work()
 
     def step(self) -> list[TokenEvent]:
         """Plan, execute, commit one step -> the new tokens."""
+        ready, events = self.preparing.take()
+        for seq in ready:
+            self.scheduler.add(seq)
         plan = self.scheduler.plan()
         if not plan.rows:
-            return []
+            self.preparing.wait()
+            return events
         sampled = self.runner.execute(plan, self._vocab_sizes())
-        events = self.scheduler.commit(plan, sampled)
+        events += self.scheduler.commit(plan, sampled)
         self.counters.count(plan, sampled)
         return events
 
@@ -132,7 +150,7 @@ class Engine:
         pool, counters = self.scheduler.pool, self.counters
         return EngineStats(
             running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
+            waiting=len(self.scheduler.waiting) + len(self.preparing),
             kv_blocks_total=pool.num_blocks,
             kv_blocks_used=pool.num_used,
             steps=counters.steps,
@@ -167,6 +185,15 @@ class Engine:
         digest = resident.delta.manifest.digest if resident else self.residency.base_digest
         return root_key(digest, request.cache_salt)
 
+    def _vocabulary(self, model: str, vocab_size: int) -> Vocabulary:
+        """Where the tokens are spelled that a model's grammars are written in."""
+        base = self.residency.base
+        resident = self.residency.residents.get(model)
+        if resident is None:
+            return Vocabulary(model, self.residency.base_digest, (base.path,), vocab_size)
+        delta = resident.delta
+        return Vocabulary(model, delta.manifest.digest, (delta.path, base.path), vocab_size)
+
     def _vocab_sizes(self) -> dict[int, int]:
         sizes = {r.slot: r.vocab_size for r in self.residency.residents.values()}
         return sizes | {BASE_SLOT: self.residency.vocab_size}
@@ -188,8 +215,26 @@ def check_request(request: EngineRequest, vocab_size: int, max_model_len: int) -
             f"has {len(prompt)} in the prompt and asks for {max_tokens} more",
             param="max_tokens" if len(prompt) < max_model_len else "prompt",
         )
+    _check_allowed(request.sampling, vocab_size)
     if min(prompt) < 0 or max(prompt) >= vocab_size:
         raise RequestError(f"token ids must lie between 0 and {vocab_size - 1}", param="prompt")
+
+
+def _check_allowed(sampling: SamplingParams, vocab_size: int) -> None:
+    allowed = sampling.allowed_token_ids
+    if allowed is None:
+        return
+    problem = None
+    if sampling.grammar is not None:
+        problem = "allowed_token_ids and a grammar exclude each other: send one of them"
+    elif not allowed:
+        problem = "allowed_token_ids is empty: nothing could be generated"
+    elif min(allowed) < 0 or max(allowed) >= vocab_size:
+        problem = f"allowed_token_ids must lie between 0 and {vocab_size - 1}"
+    elif sampling.min_tokens and sampling.stop_token_ids.issuperset(allowed):
+        problem = "allowed_token_ids holds only stop tokens, which min_tokens forbids"
+    if problem is not None:
+        raise RequestError(problem, param="allowed_token_ids")
 
 
 def _device(config: EngineConfig) -> str:

@@ -5,6 +5,7 @@ T packed tokens, R rows (sequences), S rows that draw a token, V vocabulary, D h
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +48,7 @@ class Runner:
         self.kv = kv
         self.block_size = block_size
         self.device = device
+        self._mask_worker = ThreadPoolExecutor(1, thread_name_prefix="deltaserve-masks")
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, vocab_sizes: dict[int, int]) -> dict[Sequence, int]:
@@ -55,6 +57,7 @@ class Runner:
         vocab_sizes: slot -> how many tokens its model knows.
         """
         drawing = [row.seq for row in plan.rows if row.samples]
+        masks = self._start_masks(drawing)
         inputs = self.prepare(plan)
         hidden_TD = self.forward(inputs)
         self._score_prompts(plan, inputs.routing, hidden_TD, vocab_sizes)
@@ -64,10 +67,14 @@ class Runner:
         _mask_foreign_tokens(logits_SV, [vocab_sizes[seq.slot] for seq in drawing])
         asking = [s for s, seq in enumerate(drawing) if seq.request.sampling.logprobs is not None]
         raw_AV = logits_SV[asking] if asking else None
+        for s, allowed in masks:
+            _mask_disallowed(logits_SV[s], drawing[s], allowed.result())
         adjust(logits_SV, drawing)
         tokens = self._sample(logits_SV, drawing)
         if raw_AV is not None:
             _score_answers(raw_AV, [drawing[s] for s in asking], [tokens[s] for s in asking])
+        for s, _ in masks:
+            _accept(drawing[s], tokens[s])
         return dict(zip(drawing, tokens, strict=True))
 
     def prepare(self, plan: StepPlan) -> StepInput:
@@ -163,6 +170,15 @@ class Runner:
             torch.tensor(draws, dtype=torch.float64, device=self.device),
         ).tolist()
 
+    def _start_masks(self, drawing: list[Sequence]) -> list[tuple[int, Future[np.ndarray]]]:
+        """Find out beside the device's work which tokens may be drawn: (row, [V] bool), for
+        the rows that may not draw all."""
+        return [
+            (s, self._mask_worker.submit(seq.matcher.mask))
+            for s, seq in enumerate(drawing)
+            if seq.matcher is not None
+        ]
+
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
 
@@ -172,6 +188,19 @@ def _score_answers(raw_AV: torch.Tensor, seqs: list[Sequence], tokens: list[int]
     num_top = [seq.request.sampling.logprobs or 0 for seq in seqs]
     for seq, found in zip(seqs, logprobs.describe(raw_AV, tokens, num_top), strict=True):
         seq.logprobs = found
+
+
+def _mask_disallowed(logits_V: torch.Tensor, seq: Sequence, allowed_V: np.ndarray) -> None:
+    if not allowed_V.any():
+        seq.failure = "the grammar allows no token of the model's vocabulary here"
+        return
+    mask = torch.from_numpy(~allowed_V).to(logits_V.device)
+    logits_V[: len(mask)].masked_fill_(mask, float("-inf"))
+
+
+def _accept(seq: Sequence, token: int) -> None:
+    if seq.matcher is not None and seq.failure is None:
+        seq.matcher.accept(token)
 
 
 def _mask_foreign_tokens(logits_SV: torch.Tensor, vocab_sizes: list[int]) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from deltaserve.engine.kv import Key, next_key
 from deltaserve.engine.types import EngineRequest, FinishReason, TokenEvent, TokenLogprobs
+
+if TYPE_CHECKING:
+    from deltaserve.engine.grammar import Matcher
 
 
 @dataclass(eq=False, slots=True)
@@ -17,6 +21,8 @@ class Sequence:
     many of them as were needed so far. num_cached: prompt tokens that were found computed
     when the sequence was first admitted. logprobs: of the token drawn last; prompt_logprobs: of
     the prompt from its second token on, as far as computed. Both only where they were asked for.
+    matcher: which tokens may come next, where not all may; it has seen all generated ones, and
+    computing the sequence again does not touch it. failure: why no token can follow.
     """
 
     request: EngineRequest
@@ -30,6 +36,8 @@ class Sequence:
     num_cached: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    matcher: Matcher | None = None
+    failure: str | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
@@ -59,6 +67,10 @@ class Sequence:
     def append(self, token_id: int) -> FinishReason | None:
         """Add a generated token; the reason why the sequence ends with it, if it does."""
         self.token_ids.append(token_id)
+        if self.failure is not None:
+            return FinishReason.ERROR
+        if self.matcher is not None and self.matcher.is_finished:
+            return FinishReason.STOP
         if token_id in self.request.sampling.stop_token_ids:
             return FinishReason.STOP
         if self.num_generated >= self.request.sampling.max_tokens:
@@ -69,12 +81,13 @@ class Sequence:
         """What the submitter is told of a token that was just appended."""
         params = self.request.sampling
         # With max_tokens 0 the token only marks the end of the prompt.
-        wanted = params.max_tokens > 0
+        wanted = params.max_tokens > 0 and self.failure is None
         first = self.num_generated == 1 and params.prompt_logprobs is not None
         return TokenEvent(
             self.request.request_id,
             (token_id,) if wanted else (),
             reason,
+            self.failure,
             num_cached=self.num_cached or 0,
             logprobs=(self.logprobs,) if self.logprobs is not None and wanted else None,
             prompt_logprobs=tuple(self.prompt_logprobs) if first else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 
 class FinishReason(StrEnum):
@@ -27,6 +28,15 @@ class TokenLogprobs:
     logprob: float
     rank: int
     top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must match: a JSON schema, a regular expression, or a grammar in the
+    notation of Lark as llguidance reads it."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +67,10 @@ class SamplingParams:
     """Report each generated token's logprob, and so many of the likeliest tokens."""
     prompt_logprobs: int | None = None
     """The same of each token of the prompt but the first, which then is computed, never reused."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """Only these can be drawn, stop tokens included. Not together with a grammar."""
+    grammar: Grammar | None = None
+    """The answer matches it, unless ``max_tokens`` cuts it; stop tokens only end what matches."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from deltaserve import __version__
 from deltaserve.engine.client import EngineClient
+from deltaserve.engine.grammar import check_grammar
 from deltaserve.engine.types import EngineRequest, ModelInfo, SamplingParams
 from deltaserve.errors import RequestError, UnknownModelError
 from deltaserve.server.errors import ApiError
@@ -98,13 +100,20 @@ async def read_request(request: Request, model: type[RequestT]) -> RequestT:
     """Read and check a body.
 
     Raises:
-        RequestError: not JSON, too large, wrong fields.
+        RequestError: not JSON, too large, wrong fields, a grammar that is none.
         ClientGoneError: the client went away while it was sending.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # also keeps foreign web pages from posting unasked
         raise ApiError(415, "the body must be JSON, with 'Content-Type: application/json'")
-    return parse(model, await _read_body(request))
+    body = parse(model, await _read_body(request))
+    if (asked := body.grammar()) is not None:
+        field, grammar = asked
+        try:
+            await asyncio.to_thread(check_grammar, grammar)
+        except RequestError as error:
+            raise RequestError(f"{field}: {error}", param=field) from error
+    return body
 
 
 async def _read_body(request: Request) -> bytes:
@@ -195,7 +204,22 @@ def _sampling(body: GenerationRequest, model: ServedModel, max_tokens: int) -> S
         logit_bias=_logit_bias(body.logit_bias or {}, model),
         logprobs=body.num_logprobs,
         prompt_logprobs=body.num_prompt_logprobs,
+        allowed_token_ids=_allowed(body.allowed_token_ids, model),
+        grammar=asked[1] if (asked := body.grammar()) is not None else None,
     )
+
+
+def _allowed(token_ids: list[int] | None, model: ServedModel) -> tuple[int, ...] | None:
+    """Raises RequestError for what is no token of the model."""
+    if token_ids is None:
+        return None
+    if max(token_ids) >= model.info.vocab_size:
+        raise RequestError(
+            f"allowed_token_ids holds {max(token_ids)}, but {model.info.name} has ids from 0 "
+            f"to {model.info.vocab_size - 1}",
+            param="allowed_token_ids",
+        )
+    return tuple(token_ids)
 
 
 def _logit_bias(biases: Mapping[str, float], model: ServedModel) -> tuple[tuple[int, float], ...]:

@@ -64,7 +64,6 @@ def test_numbers_that_are_none(http, field, number):
     [
         ("bad_words", ["x"]), ("length_penalty", 2), ("best_of", 2), ("suffix", "x"),
         ("top_logprobs", 3),
-        ("guided_regex", "a*"), ("response_format", {"type": "json_object"}),
         ("store", True), ("store", 0),
         ("invented", 1), ("invented", None), ("Temperature", 0),
     ],
