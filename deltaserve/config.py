@@ -59,6 +59,8 @@ class EngineConfig:
     """Requests of one model share what they have in common at the beginning."""
     merge_memory_bytes: int = 0
     """Memory for deltas whose projections are kept dense (base + delta): faster on a CPU."""
+    deterministic: bool = False
+    """A request's logits and tokens are the same to the bit, whatever shares the batch. Slow."""
 
     def __post_init__(self) -> None:
         if not self.base:

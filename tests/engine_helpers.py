@@ -49,6 +49,8 @@ def _record_logits(engine: Engine, trace: Trace) -> None:
 
     def recording(plan: StepPlan, vocab_sizes: dict[int, int]) -> object:
         drawing = [row.seq for row in plan.rows if row.samples]
+        if not drawing:
+            return execute(plan, vocab_sizes)
         with torch.inference_mode():
             inputs = engine.runner.prepare(plan)
             hidden = engine.runner.forward(inputs)[inputs.last_S]

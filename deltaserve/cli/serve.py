@@ -78,6 +78,15 @@ MergeBytes = Annotated[
         f"a whole model's. (default: {EngineConfig.merge_memory_bytes}, all stay packed)"
     ),
 ]
+Deterministic = Annotated[
+    bool | None,
+    typer.Option(
+        "--deterministic/--no-deterministic",
+        help="Answers are the same to the bit, whatever shares the batch. Several times slower. "
+        "(default: off)",
+        show_default=False,
+    ),
+]
 
 
 def run(
@@ -97,6 +106,7 @@ def run(
     kv_cache_memory_bytes: KvBytes = None,
     enable_prefix_caching: PrefixCaching = None,
     merge_memory_bytes: MergeBytes = None,
+    deterministic: Deterministic = None,
 ) -> None:
     """Serve a base model and its deltas behind an OpenAI-compatible endpoint."""
     flags = {name: value for name, value in locals().items() if name not in ("delta", "config")}

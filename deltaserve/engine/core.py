@@ -12,6 +12,7 @@ import torch
 from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.digest import checkpoint_digest
 from deltaserve.config import EngineConfig
+from deltaserve.engine.deterministic import DeterministicRunner
 from deltaserve.engine.families import family_of
 from deltaserve.engine.grammar import AllowedTokens, Preparing, Vocabulary
 from deltaserve.engine.kv import BlockPool, Key, root_key
@@ -70,8 +71,11 @@ class Engine:
         num_blocks, self.max_model_len = plan_kv(config, model_config, dtype, device)
         step = StepContext()
         modules = make_delta_aware(model, base.architecture, step)
-        kv = KVCache(model_config, num_blocks * config.block_size, dtype, device)
-        self.runner = Runner(model, step, kv, block_size=config.block_size, device=device)
+        runner = DeterministicRunner if config.deterministic else Runner
+        # One slot more than the blocks have: deterministic mode writes its padding there.
+        num_slots = num_blocks * config.block_size + config.deterministic
+        kv = KVCache(model_config, num_slots, dtype, device)
+        self.runner = runner(model, step, kv, block_size=config.block_size, device=device)
         self.scheduler = Scheduler(
             BlockPool(num_blocks, config.block_size),
             max_num_seqs=config.max_num_seqs,

@@ -19,8 +19,9 @@ from deltaserve.engine.model import KVCache
 from deltaserve.engine.routing import Routing, StepContext, segments
 from deltaserve.engine.scheduler import StepPlan
 from deltaserve.engine.sequence import Sequence
-from deltaserve.kernels.attention import PagedBatch
-from deltaserve.kernels.sampling import counter_uniform, sample
+from deltaserve.engine.types import TokenLogprobs
+from deltaserve.kernels.attention import PagedBatch, TokenTile
+from deltaserve.kernels.sampling import Draw, counter_uniform, sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ class Runner:
         adjust(logits_SV, drawing)
         tokens = self._sample(logits_SV, drawing)
         if raw_AV is not None:
-            _score_answers(raw_AV, [drawing[s] for s in asking], [tokens[s] for s in asking])
+            self._score_answers(raw_AV, [drawing[s] for s in asking], [tokens[s] for s in asking])
         for s, _ in masks:
             _accept(drawing[s], tokens[s])
         return dict(zip(drawing, tokens, strict=True))
@@ -100,13 +101,22 @@ class Runner:
 
     def forward(self, inputs: StepInput) -> torch.Tensor:
         """One packed step of the model -> the last layer's states of all tokens [T, D]."""
-        self.step.routing = inputs.routing
+        return self._decode(inputs.ids_T, inputs.positions_T, inputs.batch, inputs.routing)
+
+    def _decode(
+        self,
+        ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        batch: PagedBatch | TokenTile,
+        routing: Routing,
+    ) -> torch.Tensor:
+        self.step.routing = routing
         hidden_1TD: torch.Tensor = self.decoder(
-            input_ids=inputs.ids_T[None],
-            position_ids=inputs.positions_T[None],
+            input_ids=ids_T[None],
+            position_ids=positions_T[None],
             use_cache=False,
             kv=self.kv,
-            batch=inputs.batch,
+            batch=batch,
         ).last_hidden_state
         return hidden_1TD[0]
 
@@ -116,10 +126,13 @@ class Runner:
         Apart from the decoder, so that a long prompt's can be computed in pieces.
         """
         self.step.routing = routing
-        logits_SV: torch.Tensor = self.head(hidden_SD[None])[0]
+        return self._cap(self.head(hidden_SD[None])[0])
+
+    def _cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """What some families do behind the head (Gemma 2), and float32."""
         if self.softcap is not None:
-            logits_SV = self.softcap * torch.tanh(logits_SV / self.softcap)
-        return logits_SV.float()
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.float()
 
     def _score_prompts(
         self,
@@ -141,8 +154,19 @@ class Runner:
                 logits_PV = self.logits(hidden_TD[index], own)[:, :vocab_size]
                 num_top = [seq.request.sampling.prompt_logprobs or 0] * (stop - start)
                 targets = seq.token_ids[start + 1 : stop + 1]
-                seq.prompt_logprobs += logprobs.describe(logits_PV, targets, num_top)
+                seq.prompt_logprobs += self._describe(logits_PV, targets, num_top)
             first += row.num_new
+
+    def _score_answers(self, raw_AV: torch.Tensor, seqs: list[Sequence], tokens: list[int]) -> None:
+        """Note the logprobs of the drawn tokens. A rows whose requests asked for them."""
+        num_top = [seq.request.sampling.logprobs or 0 for seq in seqs]
+        for seq, found in zip(seqs, self._describe(raw_AV, tokens, num_top), strict=True):
+            seq.logprobs = found
+
+    def _describe(
+        self, logits_SV: torch.Tensor, tokens: list[int], num_top: list[int]
+    ) -> list[TokenLogprobs]:
+        return logprobs.describe(logits_SV, tokens, num_top)
 
     def _paged_batch(self, plan: StepPlan, positions: np.ndarray, lens_R: np.ndarray) -> PagedBatch:
         width = max(len(row.seq.blocks) for row in plan.rows)
@@ -160,15 +184,7 @@ class Runner:
         )
 
     def _sample(self, logits_SV: torch.Tensor, seqs: list[Sequence]) -> list[int]:
-        params = [seq.request.sampling for seq in seqs]
-        draws = [counter_uniform(seq.seed, seq.num_generated) for seq in seqs]
-        return sample(
-            logits_SV,
-            torch.tensor([p.temperature for p in params], device=self.device),
-            torch.tensor([p.top_k for p in params], device=self.device),
-            torch.tensor([p.top_p for p in params], dtype=torch.float64, device=self.device),
-            torch.tensor(draws, dtype=torch.float64, device=self.device),
-        ).tolist()
+        return sample(logits_SV, [_draw(seq) for seq in seqs])
 
     def _start_masks(self, drawing: list[Sequence]) -> list[tuple[int, Future[np.ndarray]]]:
         """Find out beside the device's work which tokens may be drawn: (row, [V] bool), for
@@ -183,11 +199,13 @@ class Runner:
         return torch.from_numpy(array).to(self.device)
 
 
-def _score_answers(raw_AV: torch.Tensor, seqs: list[Sequence], tokens: list[int]) -> None:
-    """Note the logprobs of the drawn tokens. A rows whose requests asked for them."""
-    num_top = [seq.request.sampling.logprobs or 0 for seq in seqs]
-    for seq, found in zip(seqs, logprobs.describe(raw_AV, tokens, num_top), strict=True):
-        seq.logprobs = found
+def _draw(seq: Sequence) -> Draw | None:
+    """How the next token is drawn; None is the likeliest."""
+    params = seq.request.sampling
+    if params.temperature == 0:
+        return None
+    uniform = counter_uniform(seq.seed, seq.num_generated)
+    return Draw(params.temperature, params.top_k, params.top_p, uniform)
 
 
 def _mask_disallowed(logits_V: torch.Tensor, seq: Sequence, allowed_V: np.ndarray) -> None:
@@ -206,6 +224,8 @@ def _accept(seq: Sequence, token: int) -> None:
 def _mask_foreign_tokens(logits_SV: torch.Tensor, vocab_sizes: list[int]) -> None:
     """Added tokens of one fine-tune do not exist for the others in the batch."""
     width = logits_SV.shape[-1]
+    if min(vocab_sizes) == width:
+        return
     for row, size in enumerate(vocab_sizes):
         if size < width:
             logits_SV[row, size:] = float("-inf")
