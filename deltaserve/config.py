@@ -65,9 +65,11 @@ class EngineConfig:
     """Memory of the device for deltas; None lets the engine choose."""
     host_memory_bytes: int | None = None
     """Memory for deltas that are not on the device but shall need no disk; None: chosen."""
-    merge_memory_bytes: int | None = 0
-    """Memory for deltas whose projections are kept dense (base + delta): faster on a CPU.
-    None takes a quarter of what is free on a CPU, nothing on a GPU."""
+    merge_memory_bytes: int | None = None
+    """Memory for deltas whose projections are kept dense (base + delta) as well: faster on a CPU
+    where many rows use one. None takes a quarter of what is free on a CPU, nothing on a GPU."""
+    deterministic: bool = False
+    """A request's logits and tokens are the same to the bit, whatever shares the batch. Slow."""
 
     scheduling_policy: SchedulingPolicy = "vtc"
     """"vtc": bands of priority, then the least served tenant, then age. "priority": without

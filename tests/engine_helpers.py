@@ -53,8 +53,12 @@ def _record_logits(engine: Engine, trace: Trace) -> None:
 
     def recording(plan: StepPlan, vocab_sizes: dict[int, int]) -> object:
         drawing = [row.seq for row in plan.rows if row.samples]
+        if not drawing:
+            return execute(plan, vocab_sizes)
         with torch.inference_mode():
-            logits = engine.runner.forward(engine.runner.prepare(plan))
+            inputs = engine.runner.prepare(plan)
+            hidden = engine.runner.forward(inputs)[inputs.last_S]
+            logits = engine.runner.logits(hidden, inputs.routing)
         for seq, row in zip(drawing, logits, strict=True):
             trace.logits[seq.request.request_id].append(row[: vocab_sizes[seq.slot]].clone())
         return execute(plan, vocab_sizes)

@@ -112,6 +112,15 @@ MergeBytes = Annotated[
         f"a whole model's. (default: {EngineConfig.merge_memory_bytes}, all stay packed)"
     ),
 ]
+Deterministic = Annotated[
+    bool | None,
+    typer.Option(
+        "--deterministic/--no-deterministic",
+        help="Answers are the same to the bit, whatever shares the batch. Several times slower. "
+        "(default: off)",
+        show_default=False,
+    ),
+]
 
 Policy = Annotated[
     str | None,
@@ -176,6 +185,7 @@ def run(
     slo_tpot_ms: SloTpot = None,
     max_wait_s: MaxWait = None,
     share_prefixes_between_tenants: SharePrefixes = None,
+    deterministic: Deterministic = None,
 ) -> None:
     """Serve a base model and its deltas behind an OpenAI-compatible endpoint."""
     flags = {name: value for name, value in locals().items() if name not in ("delta", "config")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from deltaserve.artifact.digest import checkpoint_digest
 from deltaserve.config import EngineConfig, check_names
 from deltaserve.engine.admission import ByteBudget
 from deltaserve.engine.checks import check_request
+from deltaserve.engine.deterministic import DeterministicRunner
 from deltaserve.engine.fairness import make_policy
 from deltaserve.engine.families import family_of
 from deltaserve.engine.gate import QueueGate
+from deltaserve.engine.grammar import AllowedTokens, Preparing, Vocabulary
 from deltaserve.engine.info import base_version, model_infos, residency_stats
 from deltaserve.engine.kv import BlockPool, Key, root_key
 from deltaserve.engine.loader import Loader, Reader
@@ -32,7 +35,13 @@ from deltaserve.engine.scheduler import Scheduler
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.types import EngineRequest, EngineStats, FinishReason, ModelInfo, TokenEvent
 from deltaserve.engine.versions import DeltaVersion
-from deltaserve.errors import ArtifactError, ConfigError, UnknownModelError
+from deltaserve.errors import (
+    ArtifactError,
+    ConfigError,
+    QueueFullError,
+    RequestError,
+    UnknownModelError,
+)
 
 # How long a step without rows waits for a load, so that it neither spins nor oversleeps.
 LOAD_WAIT_S = 0.005
@@ -54,7 +63,9 @@ class Engine:
         num_blocks, self.max_model_len = plan_kv(config, model_config, dtype, device)
         step = StepContext()
         modules = make_delta_aware(model, base.architecture, step)
-        kv = KVCache(model_config, num_blocks * config.block_size, dtype, device)
+        # One slot more than the blocks have: deterministic mode writes its padding there.
+        num_slots = num_blocks * config.block_size + config.deterministic
+        kv = KVCache(model_config, num_slots, dtype, device)
         self.base = base
         vocab_size = model_config.vocab_size
         self.residency = Residency(
@@ -67,7 +78,8 @@ class Engine:
             ),
             plan_deltas(config, device, free),
         )
-        self.runner = Runner(model, step, kv, block_size=config.block_size, device=device)
+        runner = DeterministicRunner if config.deterministic else Runner
+        self.runner = runner(model, step, kv, block_size=config.block_size, device=device)
         self.scheduler = Scheduler(
             BlockPool(num_blocks, config.block_size),
             max_num_seqs=config.max_num_seqs,
@@ -82,6 +94,7 @@ class Engine:
             gate=QueueGate(config.max_queued_requests, config.max_queued_tokens),
             max_wait_s=config.max_wait_s,
         )
+        self.preparing = Preparing()
         self.counters = StepCounters()
         self._refused: list[TokenEvent] = []
         self._load_deltas()
@@ -124,7 +137,7 @@ class Engine:
         """
         version = self.residency.current(request.model)
         check_request(request, version.needs.vocab_size, self.max_model_len)
-        self.scheduler.check(request)
+        self._check_queue(request)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request that passes ``check``, for the present version of its delta.
@@ -140,24 +153,33 @@ class Engine:
         if version.error is not None:
             self._refuse(request, version.error)
             return
-        seed = request.sampling.seed
-        seed = secrets.randbits(63) if seed is None else seed
+        sampling = request.sampling
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         root = self._root_key(request, version)
-        self.scheduler.add(Sequence(request, BASE_SLOT, seed, root=root, version=version))
+        seq = Sequence(request, BASE_SLOT, seed, root=root, version=version)
+        if sampling.grammar is not None:
+            self._check_queue(request)
+            self.preparing.add(seq, self._vocabulary(version))
+        else:
+            if sampling.allowed_token_ids is not None:
+                vocab_size = version.needs.vocab_size
+                seq.matcher = AllowedTokens(sampling.allowed_token_ids, vocab_size)
+            self.scheduler.add(seq)
         self.residency.bind(request.request_id, version)
 
     def abort(self, request_id: str) -> TokenEvent | None:
-        event = self.scheduler.abort(request_id)
+        event = self._drop(request_id, FinishReason.ABORT)
         self.residency.ended(request_id)
         return event
 
     def has_work(self) -> bool:
         """A step would do something: compute, load, or say that a request was refused."""
-        return self.scheduler.has_work() or bool(self._refused) or not self.residency.idle
+        waiting = bool(self._refused) or bool(self.preparing)
+        return self.scheduler.has_work() or waiting or not self.residency.idle
 
     def step(self) -> list[TokenEvent]:
         """Load, plan, execute, commit one step -> the new tokens."""
-        events = self._advance_loads()
+        events = self._advance_loads() + self._take_prepared()
         started = time.perf_counter()
         plan = self.scheduler.plan()
         if plan.rows:
@@ -170,6 +192,7 @@ class Engine:
             self.counters.count(plan, planned - started, executed - planned, committed - executed)
             self.residency.count_rows(plan.rows_of_slot)
         elif not events:
+            self.preparing.wait()
             self.residency.wait(LOAD_WAIT_S)
         self._end(events)
         return events
@@ -183,7 +206,7 @@ class Engine:
         scheduler, counters = self.scheduler, self.counters
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(self.preparing),
             kv_blocks_total=scheduler.pool.num_blocks,
             kv_blocks_used=scheduler.pool.num_used,
             steps=counters.steps,
@@ -223,9 +246,37 @@ class Engine:
         events, self._refused = self._refused, []
         for version in self.residency.advance():
             for request_id in self.residency.requests_of(version):
-                event = self.scheduler.abort(request_id, FinishReason.ERROR, version.error)
+                event = self._drop(request_id, FinishReason.ERROR, version.error)
                 events += [event] if event else []
         return events
+
+    def _take_prepared(self) -> list[TokenEvent]:
+        """Queue the requests whose grammar is ready -> the ends of those that cannot be."""
+        ready, events = self.preparing.take()
+        for seq in ready:
+            try:
+                self.scheduler.add(seq)
+            except RequestError as error:  # the queue filled up meanwhile
+                name = seq.request.request_id
+                events.append(TokenEvent(name, (), FinishReason.ERROR, str(error)))
+        return events
+
+    def _drop(
+        self, request_id: str, reason: FinishReason, error: str | None = None
+    ) -> TokenEvent | None:
+        """End a request, whatever it waits for; None when it is not here (any more)."""
+        if self.preparing.drop(request_id):
+            return TokenEvent(request_id, (), reason, error)
+        return self.scheduler.abort(request_id, reason, error)
+
+    def _check_queue(self, request: EngineRequest) -> None:
+        """Also against what waits for its grammar: the scheduler does not know that yet."""
+        self.scheduler.check(request)
+        if request.request_id in self.preparing:
+            raise RequestError(f"request id {request.request_id!r} is in use")
+        waits = request.sampling.grammar is not None
+        if waits and len(self.preparing) >= self.config.max_queued_requests:
+            raise QueueFullError("too many grammars wait to be compiled", retry_after_s=1)
 
     def _refuse(self, request: EngineRequest, reason: str) -> None:
         event = TokenEvent(request.request_id, (), FinishReason.ERROR, reason)
@@ -237,11 +288,20 @@ class Engine:
                 self.residency.ended(event.request_id)
 
     def _root_key(self, request: EngineRequest, version: DeltaVersion) -> Key | None:
-        """Whose computed blocks the request may share: same weights, salt and tenant."""
-        if not self.config.enable_prefix_caching:
+        """Whose computed blocks the request may share: same weights, salt and tenant.
+
+        None with prompt logprobs: what would be reused has no logits to take them from.
+        """
+        if not self.config.enable_prefix_caching or request.sampling.prompt_logprobs is not None:
             return None
         tenant = "" if self.config.share_prefixes_between_tenants else request.tenant
         return root_key(version.digest, request.cache_salt, tenant)
+
+    def _vocabulary(self, version: DeltaVersion) -> Vocabulary:
+        """Where the tokens are spelled that a model's grammars are written in."""
+        own, base = Path(version.path), self.base.path
+        directories = (base,) if own == base else (own, base)
+        return Vocabulary(version.name, version.digest, directories, version.needs.vocab_size)
 
 
 def _device(config: EngineConfig) -> str:

@@ -19,6 +19,7 @@ class Limits:
     device_bytes: int
     host_bytes: int
     merge_bytes: int = 0
+    merge_at_start: bool = False
     min_residency_s: float = 0.25
     starvation_s: float = 1.0
     attach_s: float = 0.002

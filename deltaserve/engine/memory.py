@@ -75,10 +75,13 @@ def plan_deltas(config: EngineConfig, device: str, free_before: int) -> Limits:
     free = int(free_memory(device) * 2 * CPU_SHARE) if cuda else int(free_before * CPU_SHARE)
     host = int(free_memory("cpu") * CPU_SHARE / (1 if cuda else 2))
     merge = 0 if cuda else int(free_before * CPU_SHARE)
+    # Merged weights round differently, and when they come depends on what others ask.
+    merge = 0 if config.deterministic else _given(config.merge_memory_bytes, merge)
     limits = Limits(
         _given(config.delta_memory_bytes, free),
         _given(config.host_memory_bytes, host),
-        _given(config.merge_memory_bytes, merge),
+        merge,
+        merge_at_start=config.merge_memory_bytes is not None,
     )
     logger.info(
         "memory for deltas: %d bytes on the device, %d in host memory, %d merged",

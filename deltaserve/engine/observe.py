@@ -90,7 +90,7 @@ class UsageCounters:
     def drew(seq: Sequence) -> None:
         """A token was drawn; the prompt counts with the first one."""
         for usage in seq.usages:
-            usage.generation_tokens += 1
+            usage.generation_tokens += seq.request.sampling.max_tokens > 0
         if seq.num_generated == 1:
             for usage in seq.usages:
                 usage.prompt_tokens += seq.num_prompt

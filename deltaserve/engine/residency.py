@@ -196,9 +196,10 @@ class Residency:
                 break
             self._wish(served.current)
         failed = self._run_to_end()
-        for version in self.merger.first(s.current for s in self.catalogue.served.values()):
-            self._merge(version)
-            self._run_to_end()
+        if self.device.limits.merge_at_start:
+            for version in self.merger.first(s.current for s in self.catalogue.served.values()):
+                self._merge(version)
+                self._run_to_end()
         return failed
 
     def dump(self) -> dict[str, Any]:

@@ -277,7 +277,8 @@ class Scheduler:
         """A drawn token: charge it, tell it, and end the sequence if it says so."""
         reason = seq.append(token)
         event = seq.event(token, reason)
-        self.policy.charge_output(seq.request)
+        if seq.request.sampling.max_tokens > 0:  # else it only marks the end of the prompt
+            self.policy.charge_output(seq.request)
         self.usage.drew(seq)
         if seq.watch.phase is Phase.PREFILL:
             seq.watch.enter(Phase.DECODE, now)
@@ -296,6 +297,8 @@ class Scheduler:
         eldest = self._live.get(seq.request.fork_of) if seq.request.fork_of is not None else None
         if eldest is None or not seq.is_sibling(eldest):
             return
+        if any(s.request.sampling.prompt_logprobs is not None for s in (seq, eldest)):
+            return  # each computes its prompt: what is shared has no logits
         if eldest.root is None:  # the prefix cache is off
             eldest.root = root_key("family", str(eldest.number))
             self._publish(eldest, 0)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltaserve.engine.kv import Key, next_key
 from deltaserve.engine.observe import Stopwatch
-from deltaserve.engine.types import EngineRequest, FinishReason, TokenEvent, Usage
+from deltaserve.engine.types import (
+    EngineRequest,
+    FinishReason,
+    TokenEvent,
+    TokenLogprobs,
+    Usage,
+)
 from deltaserve.engine.versions import DeltaVersion
+
+if TYPE_CHECKING:
+    from deltaserve.engine.grammar import Matcher
 
 
 @dataclass(eq=False, slots=True)
@@ -20,12 +29,14 @@ class Sequence:
     sequence runs (0 is the base). blocks: KV blocks, in order of position.
     root: start of the chain of keys of its full blocks; None keeps them to itself. keys: as
     many of them as were needed so far. num_cached: prompt tokens that were found computed
-    when the sequence was first admitted.
+    when the sequence was first admitted. logprobs: of the token drawn last; prompt_logprobs: of
+    the prompt from its second token on, as far as computed. Both only where they were asked for.
+    matcher: which tokens may come next, where not all may; it has seen all generated ones, and
+    computing the sequence again does not touch it. failure: why no token can follow.
 
-    Of the scheduler: version: the delta that it is bound to, if the store tells versions
-    apart. number: order of arrival. first_since: when it became the oldest of its lane. aged:
-    it was that for too long. holds_delta: acquired and not released. family: itself and its
-    siblings, oldest first, where there are any.
+    Of the scheduler: number: order of arrival. first_since: when it became the oldest of its
+    lane. aged: it was that for too long. holds_delta: acquired and not released. family: itself
+    and its siblings, oldest first, where there are any.
     """
 
     request: EngineRequest
@@ -45,6 +56,10 @@ class Sequence:
     family: dict[Sequence, None] | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
     usages: tuple[Usage, ...] = ()
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    matcher: Matcher | None = None
+    failure: str | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
@@ -96,6 +111,10 @@ class Sequence:
     def append(self, token_id: int) -> FinishReason | None:
         """Add a generated token; the reason why the sequence ends with it, if it does."""
         self.token_ids.append(token_id)
+        if self.failure is not None:
+            return FinishReason.ERROR
+        if self.matcher is not None and self.matcher.is_finished:
+            return FinishReason.STOP
         if token_id in self.request.sampling.stop_token_ids:
             return FinishReason.STOP
         if self.num_generated >= self.request.sampling.max_tokens:
@@ -104,8 +123,19 @@ class Sequence:
 
     def event(self, token_id: int, reason: FinishReason | None) -> TokenEvent:
         """What the submitter is told of a token that was just appended."""
-        cached = self.num_cached or 0
-        return TokenEvent(self.request.request_id, (token_id,), reason, num_cached=cached)
+        params = self.request.sampling
+        # With max_tokens 0 the token only marks the end of the prompt.
+        wanted = params.max_tokens > 0 and self.failure is None
+        first = self.num_generated == 1 and params.prompt_logprobs is not None
+        return TokenEvent(
+            self.request.request_id,
+            (token_id,) if wanted else (),
+            reason,
+            self.failure,
+            num_cached=self.num_cached or 0,
+            logprobs=(self.logprobs,) if self.logprobs is not None and wanted else None,
+            prompt_logprobs=tuple(self.prompt_logprobs) if first else None,
+        )
 
     def describe(self, now: float) -> dict[str, Any]:
         """Its state as plain JSON; no word of its prompt."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 
 class FinishReason(StrEnum):
@@ -16,12 +17,35 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely the model found a token, before anything was asked of its logits.
+
+    logprob: natural logarithm. rank: 1 is the likeliest. top: the likeliest tokens and their
+    logprobs, likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must match: a JSON schema, a regular expression, or a grammar in the
+    notation of Lark as llguidance reads it."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to pick the next token. temperature 0 is greedy; the defaults of the rest switch it off.
 
     ``seed`` makes the draws repeatable whatever shares the batch. Generation ends with
     any of ``stop_token_ids`` (the model's end-of-sequence tokens included by the caller)
-    or after ``max_tokens``.
+    or after ``max_tokens``, which may be 0 where only ``prompt_logprobs`` are wanted.
     """
 
     max_tokens: int
@@ -39,6 +63,14 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, what is added to its logit)."""
+    logprobs: int | None = None
+    """Report each generated token's logprob, and so many of the likeliest tokens."""
+    prompt_logprobs: int | None = None
+    """The same of each token of the prompt but the first, which then is computed, never reused."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """Only these can be drawn, stop tokens included. Not together with a grammar."""
+    grammar: Grammar | None = None
+    """The answer matches it, unless ``max_tokens`` cuts it; stop tokens only end what matches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +113,8 @@ class TokenEvent:
     """New tokens of one request; the last event carries ``finish_reason``.
 
     A stop token that ended the request is included in ``token_ids``. ``num_cached``: how many
-    tokens of the prompt did not have to be computed.
+    tokens of the prompt did not have to be computed. ``logprobs``: one for each of ``token_ids``;
+    ``prompt_logprobs``: of the prompt from its second token on, with the first event.
     """
 
     request_id: str
@@ -91,6 +124,8 @@ class TokenEvent:
     num_cached: int = 0
     timing: RequestTiming | None = None
     """With the last event."""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

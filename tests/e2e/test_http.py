@@ -132,6 +132,31 @@ def test_stream_equals_whole_and_seed_repeats(client, model):
     assert texts[0] != texts[1]
 
 
+@pytest.mark.parametrize("model", ["base", "alpha", "beta"])
+def test_answers_are_scored_as_lm_eval_asks(client, checkpoints, model):
+    """The request of ``lm_eval --model local-completions`` for log-likelihoods: tokens in, and
+    the logprobs of all but the generated one out."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints[model])
+    questions = [("add: 12+34", " 46"), ("sort: hello", " ehllo"), ("add: 12+34", " 47")]
+    prompts = [tokenizer(q + a).input_ids for q, a in questions]
+    starts = [len(tokenizer(q).input_ids) for q, _ in questions]
+    answer = client.completions.create(
+        model=model, prompt=prompts, temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True
+    )
+    checkpoint = AutoModelForCausalLM.from_pretrained(checkpoints[model], dtype=torch.float32)
+    for ids, start, choice in zip(prompts, starts, answer.choices, strict=True):
+        scores = checkpoint.eval()(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = [scores[i - 1, ids[i]].item() for i in range(start, len(ids))]
+        assert choice.logprobs.token_logprobs[start:-1] == pytest.approx(expected, abs=1e-4)
+        greedy = [int(scores[i - 1].argmax()) == ids[i] for i in range(start, len(ids))]
+        tops = choice.logprobs.top_logprobs[start:-1]
+        found = [
+            own == max(top.values())
+            for own, top in zip(choice.logprobs.token_logprobs[start:-1], tops, strict=True)
+        ]
+        assert found == greedy
+
+
 def test_chat_uses_the_fine_tunes_own_template(client):
     messages = [{"role": "user", "content": "abc"}]
     tokens = {
