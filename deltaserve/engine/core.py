@@ -58,20 +58,12 @@ class Engine:
         )
         for source in config.deltas:
             self.residency.load(source.name, source.path)
-        self.scheduler = Scheduler(
-            BlockPool(num_blocks, config.block_size),
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            policy=make_policy(config.scheduling_policy),
-            deltas=ResidentDeltas(self._bytes_of_slot()),
-            byte_budget=ByteBudget(
-                config.slo_tpot_ms,
-                base_bytes=base.num_bytes,
-                kv_bytes_per_token=KVCache.bytes_per_token(model_config, dtype),
-            ),
-            gate=QueueGate(config.max_queued_requests, config.max_queued_tokens),
-            max_wait_s=config.max_wait_s,
+        budget = ByteBudget(
+            config.slo_tpot_ms,
+            base_bytes=base.num_bytes,
+            kv_bytes_per_token=KVCache.bytes_per_token(model_config, dtype),
         )
+        self.scheduler = self._make_scheduler(num_blocks, budget)
         self.counters = StepCounters()
 
     def models(self) -> list[ModelInfo]:
@@ -159,10 +151,21 @@ class Engine:
         """The scheduler's state as plain JSON, for people who look for a fault."""
         return self.scheduler.dump()
 
-    def _bytes_of_slot(self) -> dict[int, int]:
-        """What a step reads of each delta."""
+    def _make_scheduler(self, num_blocks: int, byte_budget: ByteBudget) -> Scheduler:
+        config = self.config
         residents = self.residency.residents.values()
-        return {r.slot: r.delta.manifest.sizes.resident.total for r in residents}
+        return Scheduler(
+            BlockPool(num_blocks, config.block_size),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            policy=make_policy(config.scheduling_policy),
+            deltas=ResidentDeltas(
+                {r.slot: r.delta.manifest.sizes.resident.total for r in residents}
+            ),
+            byte_budget=byte_budget,
+            gate=QueueGate(config.max_queued_requests, config.max_queued_tokens),
+            max_wait_s=config.max_wait_s,
+        )
 
     def _model_of(self, request: EngineRequest) -> tuple[int, int]:
         """(slot, vocabulary size) of the model that a request names."""
