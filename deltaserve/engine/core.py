@@ -80,20 +80,12 @@ class Engine:
         )
         runner = DeterministicRunner if config.deterministic else Runner
         self.runner = runner(model, step, kv, block_size=config.block_size, device=device)
-        self.scheduler = Scheduler(
-            BlockPool(num_blocks, config.block_size),
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            policy=make_policy(config.scheduling_policy),
-            deltas=self.residency,
-            byte_budget=ByteBudget(
-                config.slo_tpot_ms,
-                base_bytes=base.num_bytes,
-                kv_bytes_per_token=KVCache.bytes_per_token(model_config, dtype),
-            ),
-            gate=QueueGate(config.max_queued_requests, config.max_queued_tokens),
-            max_wait_s=config.max_wait_s,
+        budget = ByteBudget(
+            config.slo_tpot_ms,
+            base_bytes=base.num_bytes,
+            kv_bytes_per_token=KVCache.bytes_per_token(model_config, dtype),
         )
+        self.scheduler = self._make_scheduler(num_blocks, budget)
         self.preparing = Preparing()
         self.counters = StepCounters()
         self._refused: list[TokenEvent] = []
@@ -232,6 +224,19 @@ class Engine:
     def dump(self) -> dict[str, Any]:
         """The present state as plain JSON, for people who look for a fault."""
         return {**self.scheduler.dump(), "residency": self.residency.dump()}
+
+    def _make_scheduler(self, num_blocks: int, byte_budget: ByteBudget) -> Scheduler:
+        config = self.config
+        return Scheduler(
+            BlockPool(num_blocks, config.block_size),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            policy=make_policy(config.scheduling_policy),
+            deltas=self.residency,
+            byte_budget=byte_budget,
+            gate=QueueGate(config.max_queued_requests, config.max_queued_tokens),
+            max_wait_s=config.max_wait_s,
+        )
 
     def _load_deltas(self) -> None:
         """Those of the configuration that fit; raises ArtifactError for the first that is bad."""

@@ -76,7 +76,7 @@ def test_names_are_counted_up_to_a_limit_and_the_rest_together(
 
 
 def test_the_dump_is_json_and_holds_no_prompt() -> None:
-    scheduler = make_scheduler(seqs=1)
+    scheduler = make_scheduler(seqs=1, clock=Clock())
     scheduler.add(make("a", "acme", prompt=(777, 777), priority=-3))
     scheduler.add(make("b", "acme", prompt=(777, 777)))
     step(scheduler)
