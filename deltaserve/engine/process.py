@@ -93,6 +93,8 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         self._clean_up()
 
     def _bind(self, kind: int, name: str) -> zmq.Socket[bytes]:

@@ -138,8 +138,7 @@ class ProcessClient(Frontend):
         self._expect(Loading)
         process.hide()
         self._take(self._expect(Ready))
-        if self._supervision.spare:
-            self._spare = EngineProcess()
+        self._keep_spare()
         if not self._started.done():
             self._started.set_result(None)
 
@@ -154,6 +153,12 @@ class ProcessClient(Frontend):
             if info.parent is not None and info.state != "draining"
         ]
         return Start(replace(self._config, deltas=()), tuple(served), level)
+
+    def _keep_spare(self) -> None:
+        try:
+            self._spare = EngineProcess() if self._supervision.spare else None
+        except OSError as error:  # no reason to stop the one that serves
+            logger.warning("no spare process can be kept: %s", error)
 
     def _new_process(self) -> EngineProcess:
         spare, self._spare = self._spare, None
