@@ -34,7 +34,7 @@ from deltaserve.engine.types import (
     TokenEvent,
 )
 from deltaserve.engine.versions import DeltaVersion
-from deltaserve.errors import ArtifactError, ConfigError, RequestError, UnknownModelError
+from deltaserve.errors import ArtifactError, ConfigError, RequestError
 
 # How long a step without rows waits for a load, so that it neither spins nor oversleeps.
 LOAD_WAIT_S = 0.005
@@ -140,15 +140,17 @@ class Engine:
         check_request(request, version.needs.vocab_size, self.max_model_len)
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request that passes ``check``, for the present version of its delta.
+        """Queue a request that passed ``check``, for the present version of its delta.
 
-        A delta that was unregistered since, or cannot be loaded: the request ends with an error.
+        It ends with an error if that cannot be loaded, or if the delta was unregistered or got a
+        version that does not accept the prompt since.
         """
         try:
-            version = self.residency.current(request.model)
-        except UnknownModelError as error:
+            self.check(request)
+        except RequestError as error:
             self._refuse(request, str(error))
             return
+        version = self.residency.current(request.model)
         if version.error is not None:
             self._refuse(request, version.error)
             return
@@ -181,8 +183,12 @@ class Engine:
         self._end(events)
         return events
 
+    def dump(self) -> dict[str, Any]:
+        """Who is where and waits for what, for people who debug."""
+        return {"residency": self.residency.dump()}
+
     def close(self) -> None:
-        """Stop the threads that load deltas."""
+        """Stop the threads that load deltas; what they read at the moment is dropped."""
         self.residency.loader.close()
 
     def stats(self) -> EngineStats:
