@@ -35,6 +35,7 @@ from deltaserve.engine.types import EngineRequest, SamplingParams
 PIECE_BYTES = 64 << 10
 ROWS = 8
 SKEW = 1.2
+CLIENTS = 32
 
 
 class SlowFile:
@@ -172,7 +173,7 @@ def zipf_load(models: PeerModels, room: int, rounds: int, requests: int) -> dict
     results: dict[str, list[Load]] = {name: [] for name in engines}
     for number in range(rounds + 1):  # the first warms up
         for name, engine in engines.items():
-            load = _serve(engine, name, count, requests, seed=number)
+            load = _serve(engine, name, count, requests if number else CLIENTS, seed=number)
             if number:
                 results[name].append(load)
     totals = {name: _total(loads) for name, loads in results.items()}
@@ -191,7 +192,7 @@ def zipf_load(models: PeerModels, room: int, rounds: int, requests: int) -> dict
 
 
 def _serve(engine: Engine, room: str, count: int, requests: int, seed: int) -> Load:
-    """32 clients, each with its next request as soon as it has an answer."""
+    """CLIENTS, each with its next request as soon as it has an answer."""
     chances = 1 / np.arange(1, count + 1) ** SKEW
     random = np.random.default_rng(seed)
     chosen = random.choice(count, size=requests, p=chances / chances.sum())
@@ -201,7 +202,7 @@ def _serve(engine: Engine, room: str, count: int, requests: int, seed: int) -> L
     before = engine.stats()
     gc.collect()
     start, cpu = time.perf_counter(), time.process_time()
-    for _ in range(32):
+    for _ in range(CLIENTS):
         engine.add(next(queue))
     done = 0
     while done < requests:
@@ -286,11 +287,12 @@ def show(results: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, help="keep the models here (default: temporary)")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=6, help="of the slow disk")
     parser.add_argument("--tokens", type=int, default=300, help="of each decoding row")
     parser.add_argument("--deltas", type=int, default=64)
     parser.add_argument("--room", type=int, default=8, help="how many of them fit")
-    parser.add_argument("--requests", type=int, default=192, help="in each round")
+    parser.add_argument("--requests", type=int, default=64, help="in a round, at least 32")
+    parser.add_argument("--zipf-rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write a JSON file as well")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
@@ -300,13 +302,14 @@ def main() -> None:
         small = build(root / "small", args.deltas, hidden=256, layers=4)
         results = {
             "slow_disk": slow_disk(large, args.rounds, args.tokens),
-            "zipf": zipf_load(small, args.room, args.rounds, args.requests),
+            "zipf": zipf_load(small, args.room, args.zipf_rounds, args.requests),
         }
     show(results)
     if args.out:
         command = (
             f"python -m deltaserve.bench.residency --rounds {args.rounds} --tokens {args.tokens} "
-            f"--deltas {args.deltas} --room {args.room} --requests {args.requests}"
+            f"--deltas {args.deltas} --room {args.room} --requests {args.requests} "
+            f"--zipf-rounds {args.zipf_rounds}"
         )
         record(args.out, command, results)
 

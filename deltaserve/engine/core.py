@@ -35,13 +35,7 @@ from deltaserve.engine.scheduler import Scheduler
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.types import EngineRequest, EngineStats, FinishReason, ModelInfo, TokenEvent
 from deltaserve.engine.versions import DeltaVersion
-from deltaserve.errors import (
-    ArtifactError,
-    ConfigError,
-    QueueFullError,
-    RequestError,
-    UnknownModelError,
-)
+from deltaserve.errors import ArtifactError, ConfigError, QueueFullError, RequestError
 
 # How long a step without rows waits for a load, so that it neither spins nor oversleeps.
 LOAD_WAIT_S = 0.005
@@ -132,14 +126,16 @@ class Engine:
         self._check_queue(request)
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request that passes ``check``, for the present version of its delta.
+        """Queue a request that passed ``check``, for the present version of its delta.
 
-        Raises what ``scheduler.check`` raises if it no longer does. A delta that was unregistered
-        since, or cannot be loaded: the request ends with an error.
+        Raises what ``scheduler.check`` raises. It ends with an error if its delta cannot be loaded,
+        was unregistered since, or got a version that does not accept the prompt.
         """
+        self._check_queue(request)
         try:
             version = self.residency.current(request.model)
-        except UnknownModelError as error:
+            check_request(request, version.needs.vocab_size, self.max_model_len)
+        except RequestError as error:
             self._refuse(request, str(error))
             return
         if version.error is not None:
@@ -150,7 +146,6 @@ class Engine:
         root = self._root_key(request, version)
         seq = Sequence(request, BASE_SLOT, seed, root=root, version=version)
         if sampling.grammar is not None:
-            self._check_queue(request)
             self.preparing.add(seq, self._vocabulary(version))
         else:
             if sampling.allowed_token_ids is not None:
@@ -189,8 +184,12 @@ class Engine:
         self._end(events)
         return events
 
+    def dump(self) -> dict[str, Any]:
+        """Who is where and waits for what, for people who debug."""
+        return {"residency": self.residency.dump()}
+
     def close(self) -> None:
-        """Stop the threads that load deltas."""
+        """Stop the threads that load deltas; what they read at the moment is dropped."""
         self.residency.loader.close()
 
     def stats(self) -> EngineStats:

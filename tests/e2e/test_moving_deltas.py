@@ -302,6 +302,10 @@ def test_added_tokens_of_a_new_version_are_accepted_once_it_serves(
     engine.check(request)
     engine.add(request)
     assert len(tokens_of(drive(engine)["added"])) == TOKENS
+    engine.rollback("m0")
+    drive(engine)
+    engine.add(greedy("checked before", "m0", [VOCAB + 3, 5], TOKENS))
+    assert "between 0 and 95" in (drive(engine)["checked before"][-1].error or "")
 
 
 def test_a_hot_delta_is_merged_while_it_serves(
