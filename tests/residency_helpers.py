@@ -59,8 +59,8 @@ class FakeOperands:
     def detach(self, slot: int) -> None:
         self.layers.pop(slot, None)
 
-    def replaced_by(self, merged: FakeOperands) -> FakeOperands:
-        return FakeOperands(0, {})
+    def detach_merged(self, slot: int) -> None:
+        self.layers.pop(slot, None)
 
     def bytes_shared_with(self, tensors: list[torch.Tensor]) -> int:
         return 0

@@ -184,10 +184,6 @@ class Engine:
         self._end(events)
         return events
 
-    def dump(self) -> dict[str, Any]:
-        """Who is where and waits for what, for people who debug."""
-        return {"residency": self.residency.dump()}
-
     def close(self) -> None:
         """Stop the threads that load deltas; what they read at the moment is dropped."""
         self.residency.loader.close()
