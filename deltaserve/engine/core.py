@@ -15,9 +15,9 @@ from deltaserve.engine.admission import ByteBudget
 from deltaserve.engine.checks import check_request
 from deltaserve.engine.fairness import make_policy
 from deltaserve.engine.families import family_of
+from deltaserve.engine.gate import QueueGate
 from deltaserve.engine.info import base_version, model_infos
 from deltaserve.engine.kv import BlockPool, Key, root_key
-from deltaserve.engine.limits import QueueGate
 from deltaserve.engine.loader import Loader, Reader
 from deltaserve.engine.memory import free_memory, plan_deltas, plan_kv
 from deltaserve.engine.model import KVCache, load_base, make_delta_aware
@@ -66,20 +66,12 @@ class Engine:
             base_version(config.served_model_name, base, digest, model_config.vocab_size),
         )
         self.runner = Runner(model, step, kv, block_size=config.block_size, device=device)
-        self.scheduler = Scheduler(
-            BlockPool(num_blocks, config.block_size),
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            policy=make_policy(config.scheduling_policy),
-            deltas=self.residency,
-            byte_budget=ByteBudget(
-                config.slo_tpot_ms,
-                base_bytes=base.num_bytes,
-                kv_bytes_per_token=KVCache.bytes_per_token(model_config, dtype),
-            ),
-            gate=QueueGate(config.max_queued_requests, config.max_queued_tokens),
-            max_wait_s=config.max_wait_s,
+        budget = ByteBudget(
+            config.slo_tpot_ms,
+            base_bytes=base.num_bytes,
+            kv_bytes_per_token=KVCache.bytes_per_token(model_config, dtype),
         )
+        self.scheduler = self._make_scheduler(num_blocks, budget)
         self.counters = StepCounters()
         self._refused: list[TokenEvent] = []
         self._load_deltas()
@@ -216,12 +208,25 @@ class Engine:
             self.close()
             raise ArtifactError(version.error)
 
+    def _make_scheduler(self, num_blocks: int, byte_budget: ByteBudget) -> Scheduler:
+        config = self.config
+        return Scheduler(
+            BlockPool(num_blocks, config.block_size),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            policy=make_policy(config.scheduling_policy),
+            deltas=self.residency,
+            byte_budget=byte_budget,
+            gate=QueueGate(config.max_queued_requests, config.max_queued_tokens),
+            max_wait_s=config.max_wait_s,
+        )
+
     def _advance_loads(self) -> list[TokenEvent]:
         """Let deltas move -> the ends of requests whose delta cannot be loaded."""
         events, self._refused = self._refused, []
         for version in self.residency.advance():
             for request_id in self.residency.requests_of(version):
-                event = self.scheduler.fail(request_id, version.error or "")
+                event = self.scheduler.abort(request_id, FinishReason.ERROR, version.error)
                 events += [event] if event else []
         return events
 

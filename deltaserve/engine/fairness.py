@@ -37,19 +37,18 @@ class VirtualTokenCounters:
     2. to the tenant that was the last to leave the band's queue.
 
     Bound. Let two tenants f, g of one band have requests waiting during [t1, t2), all of them
-    admissible but for room, and let W be the cost of what each was served in it. Then
-    |W_f / w_f - W_g / w_g| <= 2 U / min(w_f, w_g). For: a counter is only raised by admission
-    when its tenant is the least served, and by what its running requests draw; the queue
-    stops at the first request that does not fit, so nobody else is admitted meanwhile. Hence the
-    counters of waiting tenants are never further apart than what one tenant can be charged from
-    one of its admissions to the next: U. The paper's U = max(p_in * L_in, p_out * M): what is
-    charged lies in memory together, at most M tokens (here: blocks * block size; rounding up to
-    blocks only makes it less). This takes requests to be running until all of them end. As ours
-    take blocks only when they grow, one may end and leave its room to another: at its end the
-    k-th longest of S requests coexists with k - 1 which are as long, so k * r_k <= M, and in
-    the worst case U = p_in * L_in + p_out * min(S * L_out, M * (1 + 1/2 + .. + 1/S)). The paper's
-    figure holds whenever S * L_out <= M - L_in. A request that goes first because of its age
-    (``max_wait_s``) is outside the bound, but charged.
+    with their deltas in memory, and let W be the cost of what each was served in it. Then
+    |W_f / w_f - W_g / w_g| <= 2 U / min(w_f, w_g). For: a counter grows by admissions, of which
+    only the least served tenant's request is the next, nobody passing it when it does not fit,
+    and by what is drawn for those that run. So the counters of two tenants that wait are never
+    further apart than what one is charged from one of its admissions to the next: U / w. The
+    paper has U = max(p_in * L_in, p_out * M), since all of that lies in memory together: M
+    tokens, here the blocks times their size (a block that is partly used only lowers it). That
+    takes room to be reserved to the end; our requests take a block when they grow, and one
+    that ends leaves its room to those that go on. What is always true is that S running
+    requests draw no more than S * L_out: U = p_in * L_in + p_out * S * L_out, which is within
+    the paper's figure where S * L_out <= M - L_in. L: the longest prompt and answer. Requests
+    that go first because of their age (``max_wait_s``) are charged, but not bounded.
     """
 
     def __init__(self, prices: Prices = Prices()) -> None:

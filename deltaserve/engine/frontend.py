@@ -13,7 +13,7 @@ from typing import Any
 
 from deltaserve.config import EngineConfig
 from deltaserve.engine.checks import check_request
-from deltaserve.engine.limits import QueueGate
+from deltaserve.engine.gate import QueueGate
 from deltaserve.engine.mailboxes import Mailboxes
 from deltaserve.engine.messages import (
     Abort,

@@ -1,75 +1,21 @@
-"""How long the queue may get; whoever comes then is refused at once, and told when to return."""
+"""How much deltas may take."""
 
 from __future__ import annotations
 
-import math
-from collections import deque
-
-from deltaserve.engine.types import EngineRequest
-from deltaserve.errors import QueueFullError
-
-REMEMBERED_ADMISSIONS = 64
-LONGEST_RETRY_S = 300
+from dataclasses import dataclass
 
 
-class QueueGate:
-    """Counts the requests that have not run yet, and their prompt tokens.
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Memory in bytes, times in seconds.
 
-    One that was preempted counts no more: it was accepted long ago. An empty queue takes
-    anything. When to try again is told by the rate of the latest admissions.
+    min_residency_s: what was loaded stays so long at least, against thrash. starvation_s: who
+    waited so long goes first. attach_s: what attaching may take of the time between two steps.
     """
 
-    def __init__(self, max_requests: int | None = None, max_tokens: int | None = None) -> None:
-        """None is no limit."""
-        self.max_requests = max_requests
-        self.max_tokens = max_tokens
-        self.num_tokens = 0
-        self._queued: dict[str, int] = {}
-        self._admissions: deque[tuple[float, int]] = deque(maxlen=REMEMBERED_ADMISSIONS)
-
-    @property
-    def num_requests(self) -> int:
-        return len(self._queued)
-
-    def check(self, request: EngineRequest, now: float) -> None:
-        """Raises QueueFullError if there is no room for it."""
-        if not self._queued:
-            return
-        if self.max_requests is not None and len(self._queued) >= self.max_requests:
-            share = (len(self._queued) + 1 - self.max_requests) / max(len(self._admissions), 1)
-            waiting = f"{len(self._queued)} requests wait"
-            self._refuse(f"{waiting}, max_queued_requests is {self.max_requests}", share, now)
-        if self.max_tokens is not None and self.num_tokens + _tokens(request) > self.max_tokens:
-            excess = self.num_tokens + _tokens(request) - self.max_tokens
-            share = excess / max(sum(tokens for _, tokens in self._admissions), 1)
-            waiting = f"{self.num_tokens} prompt tokens wait"
-            self._refuse(f"{waiting}, max_queued_tokens is {self.max_tokens}", share, now)
-
-    def enter(self, request: EngineRequest) -> None:
-        self._queued[request.request_id] = _tokens(request)
-        self.num_tokens += _tokens(request)
-
-    def admit(self, request_id: str, now: float) -> None:
-        """It runs, perhaps not for the first time."""
-        tokens = self.leave(request_id)
-        if tokens is not None:
-            self._admissions.append((now, tokens))
-
-    def leave(self, request_id: str) -> int | None:
-        """It waits no more, if it did: its tokens."""
-        tokens = self._queued.pop(request_id, None)
-        self.num_tokens -= tokens or 0
-        return tokens
-
-    def _refuse(self, what: str, share: float, now: float) -> None:
-        """share: what has to leave the queue, relative to what left it in the remembered time."""
-        span = now - self._admissions[0][0] if self._admissions else 0.0
-        seconds = min(max(math.ceil(span * share), 1), LONGEST_RETRY_S)
-        raise QueueFullError(
-            f"the queue is full: {what}; try again in {seconds} s", retry_after_s=seconds
-        )
-
-
-def _tokens(request: EngineRequest) -> int:
-    """Prompt tokens to be computed; a sibling shares all but the last of them."""
-    return 1 if request.fork_of is not None else len(request.prompt_ids)
+    device_bytes: int
+    host_bytes: int
+    merge_bytes: int = 0
+    min_residency_s: float = 0.25
+    starvation_s: float = 1.0
+    attach_s: float = 0.002

@@ -10,8 +10,8 @@ import torch
 
 from deltaserve.config import EngineConfig
 from deltaserve.engine.families import context_limit
+from deltaserve.engine.limits import Limits
 from deltaserve.engine.model import KVCache
-from deltaserve.engine.room import Limits
 from deltaserve.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 from deltaserve.artifact.reader import Delta
 from deltaserve.engine.eviction import GreedyDual
 from deltaserve.engine.hosttier import HostTier
+from deltaserve.engine.limits import Limits
 from deltaserve.engine.loader import Done
 from deltaserve.engine.merging import Merger
 from deltaserve.engine.operands import Needs, Operands
 from deltaserve.engine.probe import Savings
-from deltaserve.engine.room import Limits
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.types import ResidencyStats
 from deltaserve.engine.versions import Catalogue, DeltaVersion, State

@@ -17,8 +17,8 @@ from typing import Any
 
 from deltaserve.engine.admission import ByteBudget
 from deltaserve.engine.deltas import DeltaStore, ResidentDeltas
+from deltaserve.engine.gate import QueueGate
 from deltaserve.engine.kv import BlockPool, root_key
-from deltaserve.engine.limits import QueueGate
 from deltaserve.engine.observe import Phase, UsageCounters
 from deltaserve.engine.policy import Fcfs, Policy
 from deltaserve.engine.sequence import Sequence
@@ -159,13 +159,15 @@ class Scheduler:
             seqs = [row.seq for row in plan.rows]
             self.byte_budget.measure(self.byte_budget.step_bytes(seqs, self.deltas), seconds)
 
-    def abort(self, request_id: str) -> TokenEvent | None:
-        """Drop a request wherever it is; None when it is not here (any more)."""
-        return self._drop(TokenEvent(request_id, (), FinishReason.ABORT))
-
-    def fail(self, request_id: str, error: str) -> TokenEvent | None:
-        """End a request that cannot be served; None when it is not here (any more)."""
-        return self._drop(TokenEvent(request_id, (), FinishReason.ERROR, error))
+    def abort(
+        self,
+        request_id: str,
+        reason: FinishReason = FinishReason.ABORT,
+        error: str | None = None,
+    ) -> TokenEvent | None:
+        """Drop a request wherever it is -> its last event; None when it is not here (any more)."""
+        seq = self._live.get(request_id)
+        return None if seq is None else self._end(seq, TokenEvent(request_id, (), reason, error))
 
     def _continue(self, rows: list[Row], budget: int, now: float) -> int:
         """Rows of what runs, one token at least for each -> what is left of the budget."""
@@ -302,10 +304,6 @@ class Scheduler:
             eldest.family = {eldest: None}
         seq.family = eldest.family
         seq.family[seq] = None
-
-    def _drop(self, event: TokenEvent) -> TokenEvent | None:
-        seq = self._live.get(event.request_id)
-        return None if seq is None else self._end(seq, event)
 
     def _end(self, seq: Sequence, event: TokenEvent) -> TokenEvent:
         """Forget a sequence and free what it held; its last event, with the times."""

@@ -13,7 +13,7 @@ import pytest
 from deltaserve.compress.run import compress
 from deltaserve.config import EngineConfig
 from deltaserve.engine.frontend import Frontend
-from deltaserve.engine.limits import QueueGate
+from deltaserve.engine.gate import QueueGate
 from deltaserve.engine.local import LocalClient
 from deltaserve.engine.messages import Submit
 from deltaserve.engine.remote import ProcessClient
