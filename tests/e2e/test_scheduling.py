@@ -90,7 +90,7 @@ def test_what_cannot_run_is_refused_by_name(models: tuple[Path, Path]) -> None:
 def test_an_engine_with_an_objective_measures_its_bandwidth(models: tuple[Path, Path]) -> None:
     engine = make_engine(models[0], {"tune": models[1]}, slo_tpot_ms=1e-9)
     run(engine, [greedy("first", BASE, PROMPT, TOKENS)])
-    assert (engine.stats().bytes_per_s or 0) > engine.residency.base.num_bytes
+    assert (engine.stats().bytes_per_s or 0) > engine.base.num_bytes
     run(engine, [greedy(f"r{n}", ("tune", BASE)[n % 2], PROMPT, TOKENS) for n in range(4)])
     stats = engine.stats()
     assert stats.mixed_steps == 0, "once measured, one at a time is all that such an objective gets"
