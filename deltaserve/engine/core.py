@@ -137,7 +137,14 @@ class Engine:
         return bool(self.preparing) or self.scheduler.has_work()
 
     def step(self) -> list[TokenEvent]:
-        """Plan, execute, commit one step -> the new tokens."""
+        """Plan, execute, commit one step -> the new tokens.
+
+        One token per drawing row. Prompt-lookup speculation would plan rows that end with guessed
+        tokens, keep the logits of each of their positions (as prompt logprobs do), let execute
+        return several tokens for a row (a matcher must then be able to go back), and commit move
+        ``num_computed`` to the last accepted one; a row that starts where its sequence stands
+        and an event of several tokens exist already.
+        """
         ready, events = self.preparing.take()
         for seq in ready:
             self.scheduler.add(seq)
