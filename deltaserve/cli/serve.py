@@ -108,8 +108,9 @@ HostBytes = Annotated[
 MergeBytes = Annotated[
     int | None,
     typer.Option(
-        help="Memory for deltas kept merged with the base: faster on a CPU, but each then takes "
-        f"a whole model's. (default: a quarter of what is free on a CPU, where traffic shows that it pays; none on a GPU)"
+        help="Memory for deltas kept merged with the base as well: faster on a CPU, but each then "
+        "takes a whole model's. (default: on a CPU a quarter of what is free, for those that "
+        "traffic shows to be worth it; on a GPU none)"
     ),
 ]
 Deterministic = Annotated[

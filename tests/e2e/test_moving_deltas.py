@@ -13,6 +13,7 @@ import pytest
 
 from deltaserve.compress.run import compress
 from deltaserve.engine.core import Engine
+from deltaserve.engine.layers import part_of
 from deltaserve.engine.types import EngineRequest, FinishReason, TokenEvent
 from deltaserve.errors import BaseMismatchError, ConfigError, UnknownModelError
 from tests.engine_helpers import BASE, greedy, make_engine, run
@@ -252,7 +253,7 @@ def test_what_is_unregistered_ends_its_requests_and_is_gone(
     assert (stats.device_deltas, stats.device_bytes, stats.host_bytes) == (0, 0, 0)
     assert [model.name for model in engine.models()] == [BASE]
     modules = engine.residency.maker.modules.values()  # type: ignore[attr-defined]
-    assert not any(module.weights for module in modules)
+    assert not any(part_of(module)[0].weights for module in modules)
     with pytest.raises(UnknownModelError):
         engine.unregister("m0")
 
