@@ -85,14 +85,27 @@ def dominance(run: Run) -> None:
         session.map(refresh, EVERY)
     used = run.usage()
     while not run.full(used):
+        corrected = _look_ahead(run, used)
         cut = _reach(run, used)
-        session.map(refresh, cut.keys)
+        if np.any(cut.keys < corrected):
+            session.map(refresh, cut.keys)
         while taken := sum(session.map(dominate, cut)):
             session.map(refresh, cut.keys)
             run.note("sweep", selected=taken, least_gain=int(cut.keys.max()) / run.scale)
             run.save(stage="dominance")
         used = run.usage()
         session.map(retire, used.taken >= run.limits.caps, run.tokens_left(used), run.limits.length)
+
+
+def _look_ahead(run: Run, used: Usage) -> NDArray[np.int64]:
+    """Correct gains down to twice as far as the budget may reach, and say how far that was.
+
+    Where many gains are too high, few of the points before the cut stay there.
+    """
+    room = 2 * np.minimum(run.limits.caps - used.taken, run.limits.k - int(used.taken.sum()))
+    beyond = first_beyond(run.session, "gain", room, status=UNDECIDED, ids=False)
+    run.session.map(refresh, beyond.keys)
+    return beyond.keys
 
 
 def _reach(run: Run, used: Usage) -> Cut:
