@@ -14,7 +14,7 @@ from deltaserve.select.backends.local import Local
 from deltaserve.select.budgets import Budget
 from deltaserve.select.checkpoint import Checkpoint
 from deltaserve.select.objective import objective, value
-from deltaserve.select.options import APPROXIMATE, EXACT, Bounding, Partition
+from deltaserve.select.options import APPROXIMATE, EXACT, PARTITION, Bounding, Partition
 from deltaserve.select.problem import Problem, Selection
 from deltaserve.select.run import Progress, Run
 from deltaserve.select.solvers.bounding import bounding as run_bounding
@@ -35,7 +35,7 @@ def solve(
     *,
     solver: Solver = "dominance",
     bounding: Literal["exact", "approximate"] | Bounding | None = "exact",
-    partition: Partition = Partition(),
+    partition: Partition = PARTITION,
     backend: Backend | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,

@@ -177,9 +177,7 @@ def accept(shard: AnyShard, state: State) -> None:
     status[status == UNDECIDED] = SELECTED
 
 
-def keep_in_round(
-    size: int, k: int, gamma: float, rounds: int, number: int
-) -> int:
+def keep_in_round(size: int, k: int, gamma: float, rounds: int, number: int) -> int:
     """Points to keep in round ``number`` (from 1) of all: gamma's share of a straight line."""
     return math.ceil(gamma * (rounds - number) * (size - k) / rounds) + k
 
