@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deltaserve.bench.select_instances import random_problem
 from deltaserve.errors import SelectionError
 from deltaserve.select.backends import processes
 from deltaserve.select.backends.base import Backend
@@ -23,7 +24,6 @@ from deltaserve.select.options import Bounding, Partition
 from deltaserve.select.problem import Problem, Selection
 from deltaserve.select.solve import solve
 from deltaserve.select.steps import usage
-from tests.select.instances import random_problem
 
 RUNS: dict[str, dict[str, Any]] = {
     "dominance": {"bounding": "exact"},

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deltaserve.bench.select_instances import random_problem
 from deltaserve.errors import SelectionError
 from deltaserve.select.checkpoint import Checkpoint
 from deltaserve.select.options import Bounding, Partition
 from deltaserve.select.problem import Problem
 from deltaserve.select.solve import solve
-from tests.select.instances import random_problem
 
 RUNS: dict[str, dict[str, Any]] = {
     "dominance": {"bounding": None},

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltaserve.bench.select_instances import dense, random_graph
 from deltaserve.errors import OutputExistsError, SelectionError
 from deltaserve.select.graph import Graph, MappedShard, Shard
-from tests.select.instances import dense, random_graph
 
 
 @given(n=st.integers(1, 30), seed=st.integers(0, 2**32), shards=st.integers(1, 5))

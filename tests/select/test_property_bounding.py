@@ -9,15 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltaserve.select.backends.local import LocalSession
-from deltaserve.select.budgets import Budget
-from deltaserve.select.options import Bounding
-from deltaserve.select.problem import Problem
-from deltaserve.select.run import Run
-from deltaserve.select.solve import solve
-from deltaserve.select.solvers.bounding import bounding, bounds
-from deltaserve.select.state import INCLUDED, OUT, UNDECIDED
-from tests.select.instances import (
+from deltaserve.bench.select_exactness import bounding_violations, small_problem, worst_ratio
+from deltaserve.bench.select_instances import (
     brute_force,
     integers,
     monotone_problem,
@@ -27,50 +20,20 @@ from tests.select.instances import (
     started,
     value_of,
 )
-
-EXACT = Bounding()
-
-
-def small_problem(seed: int) -> Problem:
-    rng = np.random.default_rng(seed)
-    n = int(rng.integers(2, 11))
-    k = {0: 1, 1: n}.get(seed % 8, int(rng.integers(1, n + 1)))
-    degree = float(rng.choice([0.5, 2, 5]))
-    problem = random_problem(rng, n, ties=seed % 3 == 0, k=k, degree=degree)
-    if seed % 2:  # utility in command, so that bounding decides something
-        utility = problem.utility * np.float32(8)
-        problem = Problem(problem.graph, utility, problem.budget, problem.alpha)
-    return problem
+from deltaserve.select.backends.local import LocalSession
+from deltaserve.select.budgets import Budget
+from deltaserve.select.options import EXACT, Bounding
+from deltaserve.select.problem import Problem
+from deltaserve.select.run import Run
+from deltaserve.select.solve import solve
+from deltaserve.select.solvers.bounding import bounding, bounds
+from deltaserve.select.state import INCLUDED, OUT, UNDECIDED
 
 
 def test_no_best_set_contradicts_exact_bounding_on_2000_instances() -> None:
-    decided = 0
-    for seed in range(2000):
-        problem = small_problem(seed)
-        best, common, union = brute_force(problem)
-        with started(problem) as run:
-            bounding(run, EXACT)
-            status = run.session.state.status
-            included = set(np.flatnonzero(status == INCLUDED).tolist())
-            excluded = set(np.flatnonzero(status == OUT).tolist())
-        assert included <= common, seed
-        assert not excluded & union, seed
-        decided += bool(included or excluded)
-        # The reduced problem still has the optimum: no best set lost its points.
-        rest = [v for v in range(len(status)) if v not in excluded]
-        assert len(included) <= problem.limits.k <= len(rest)
-        if excluded and len(rest) < len(status):
-            assert _best_within(problem, rest, included) == best
+    violations, decided = bounding_violations(range(2000))
+    assert violations == 0
     assert decided > 1000
-
-
-def _best_within(problem: Problem, allowed: list[int], included: set[int]) -> int:
-    from itertools import combinations
-
-    free = [v for v in allowed if v not in included]
-    missing = problem.limits.k - len(included)
-    sets = combinations(free, missing)
-    return max(value_of(problem, np.array([*included, *more], int)) for more in sets)
 
 
 def watched(run: Run, look: Callable[[Any], None]) -> None:
@@ -119,12 +82,7 @@ def test_bounds_enclose_every_completion_and_only_tighten(seed: int) -> None:
 
 
 def test_bounding_with_greedy_keeps_its_guarantee_on_monotone_instances() -> None:
-    worst = 1.0
-    for seed in range(300):
-        problem = monotone_problem(np.random.default_rng(seed), 8)
-        best, _, _ = brute_force(problem)
-        found = solve(problem, bounding="exact")
-        worst = min(worst, value_of(problem, found.ids) / best)
+    worst = worst_ratio(range(300), EXACT)
     assert worst >= 1 - 1 / math.e
     assert worst > 0.9
 

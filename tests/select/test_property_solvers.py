@@ -11,14 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaserve.select.backends.local import Local
-from deltaserve.select.budgets import Budget
-from deltaserve.select.options import Bounding, Partition
-from deltaserve.select.problem import Problem
-from deltaserve.select.solve import objective, solve
-from deltaserve.select.solvers.partition import deal, keep_in_round, partition
-from deltaserve.select.state import NO_PART, UNDECIDED
-from tests.select.instances import (
+from deltaserve.bench.select_instances import (
     dense,
     naive_greedy,
     random_graph,
@@ -26,6 +19,13 @@ from tests.select.instances import (
     random_utility,
     started,
 )
+from deltaserve.select.backends.local import Local
+from deltaserve.select.budgets import Budget
+from deltaserve.select.options import Bounding, Partition
+from deltaserve.select.problem import Problem
+from deltaserve.select.solve import objective, solve
+from deltaserve.select.solvers.partition import deal, keep_in_round, partition
+from deltaserve.select.state import NO_PART, UNDECIDED
 
 
 def with_budget(rng: np.random.Generator, kind: str, n: int, ties: bool) -> Problem:

@@ -43,9 +43,9 @@ def _sampled_cost(
     fraction: float,
     bernoulli: bool,
     weighted: bool,
-) -> int:
+) -> np.int64:
     """Cost of a sample of ``count`` undecided neighbours; keys are uniform in (0, 1)."""
-    total = 0
+    total = np.int64(0)
     if bernoulli:
         mean = 0.0
         for j in range(count):
@@ -58,7 +58,7 @@ def _sampled_cost(
     # Top up to the share of all neighbours; what is in the set counts first.
     size = np.int64(np.rint(fraction * (taken + count))) - taken
     if size <= 0:
-        return 0
+        return np.int64(0)
     if weighted:
         # The smallest of exponential times with these rates (Efraimidis and Spirakis 2006).
         for j in range(count):
@@ -96,7 +96,8 @@ def _bounds(
         v = start + i
         if status[v] != UNDECIDED:
             continue
-        value, taken, count, rest = worth(utility[v], alpha), 0, 0, 0
+        value, rest = worth(utility[v], alpha), np.int64(0)
+        taken, count = 0, 0
         for e in range(indptr[i], indptr[i + 1]):
             w = indices[e]
             term = cost(weights[e], beta)

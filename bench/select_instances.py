@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 from deltaserve.select.backends.local import Local
-from deltaserve.select.budgets import Budget, Limits
+from deltaserve.select.budgets import Budget
 from deltaserve.select.graph import Graph
 from deltaserve.select.problem import Problem
 from deltaserve.select.run import Run
@@ -75,7 +75,7 @@ def integers(problem: Problem) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, An
 
 
 @njit(cache=True)
-def _enumerate(worth, cost, k):  # type: ignore[no-untyped-def]
+def _enumerate(worth, cost, k):
     n = len(worth)
     best, common, union, found = np.int64(0), 0, 0, False
     for mask in range(1 << n):
@@ -118,7 +118,7 @@ def value_of(problem: Problem, members: np.ndarray[Any, Any]) -> int:
 
 def naive_greedy(problem: Problem) -> list[int]:
     """Algorithm 1: look at every point in every step."""
-    limits: Limits = problem.limits
+    limits = problem.limits
     worth, cost = integers(problem)
     gain, n = worth.copy(), len(worth)
     free = np.ones(n, bool)
