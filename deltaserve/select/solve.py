@@ -60,7 +60,9 @@ def solve(
     if solver not in SOLVERS:
         raise SelectionError(f"solver is {solver!r}, but must be one of {', '.join(SOLVERS)}")
     bounds = _bounding(bounding)
-    identity = _identity(problem, solver, bounds, partition, seed)
+    resumable = None
+    if checkpoint:
+        resumable = Checkpoint(checkpoint, _identity(problem, solver, bounds, partition, seed))
     backend = backend or Local()
     with backend.open(problem.graph, problem.instance, scratch) as session:
         run = Run(
@@ -69,7 +71,7 @@ def solve(
             seed=seed,
             scale=problem.instance.scale,
             num_chosen=0 if problem.chosen is None else int(np.count_nonzero(problem.chosen)),
-            checkpoint=Checkpoint(checkpoint, identity) if checkpoint else None,
+            checkpoint=resumable,
             progress=progress,
         )
         _start(run, problem)

@@ -102,20 +102,19 @@ class RaySession(Session):
         self.actors = [self._actor(shards) for shards in self._shards]
 
     def _connect(self, options: RayActors) -> None:
-        local = options.address is None
-        self._ray.init(
-            address=options.address or "local",
-            log_to_driver=False,
-            **(
-                {
-                    "num_cpus": options.workers,
-                    "include_dashboard": False,
-                    "object_store_memory": options.object_store_memory,
-                }
-                if local
-                else {}
-            ),
-        )
+        own: dict[str, Any] = {
+            "num_cpus": options.workers,
+            "include_dashboard": False,
+            "object_store_memory": options.object_store_memory,
+        }
+        try:
+            self._ray.init(
+                address=options.address or "local",
+                log_to_driver=False,
+                **({} if options.address else own),
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise SelectionError(f"cannot reach the Ray cluster: {error}") from None
 
     def _actor(self, shards: Any) -> Any:
         remote = self._ray.remote(num_cpus=1)(Owner)
