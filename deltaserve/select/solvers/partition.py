@@ -220,14 +220,16 @@ def partition(run: Run, options: Partition, first: NDArray[np.uint16] | None = N
         if number == 1 and first is not None:
             session.write("part", slice(None), first)
         else:
-            session.map(deal, _ranks(run), entering, parts, run.seed, number)
+            session.map(deal, _ranks(run), entering, parts, run.seed, 2 * number)
         quota = -(-keep // parts)
         for ids in session.parts(rows_of, left_out, parts, session.state.instance.beta, quota):
             session.write("status", ids, OUT)
         run.note("round", partitions=parts, kept=int(run.usage().open.sum()), most_points=cap)
         run.save(stage="partition", round=number, sizes=sizes.tolist())
     session.map(begin)
-    session.map(pick, _ranks(run), run.usage().open, need, run.seed, options.rounds + 1)
+    # Rounds of draws: even ones deal, the odd one after the last picks.
+    last = 2 * options.rounds + 1
+    session.map(pick, _ranks(run), run.usage().open, need, run.seed, last)
     session.map(accept)
     run.save(stage="solved")
 
