@@ -67,9 +67,7 @@ def measure(size: int, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]
                 {
                     "codec": label,
                     "bits_per_weight": round(enc.num_bytes * 8 / base.numel(), 3),
-                    "served_bits": round(
-                        8 * sum(p.enc.num_bytes for p in served) / base.numel(), 3
-                    ),
+                    "served_bits": round(served_bytes * 8 / base.numel(), 3),
                     "rows": rows,
                     "base_ms": milliseconds(lambda: F.linear(x, base), repeats),  # noqa: B023
                     "reference_ms": milliseconds(
