@@ -53,5 +53,33 @@ class UnknownModelError(RequestError):
     """A request names a model that is not served (HTTP 404)."""
 
 
+class NotFoundError(RequestError):
+    """A request names a tenant, a key or a version that does not exist (HTTP 404)."""
+
+
+class ConflictError(RequestError):
+    """What is asked for does not go with what there is (HTTP 409)."""
+
+
+class AuthenticationError(RequestError):
+    """No key, or one that opens nothing (HTTP 401)."""
+
+
+class ForbiddenError(RequestError):
+    """The key is known, but may not do this (HTTP 403)."""
+
+
+class LimitError(RequestError):
+    """A limit is used up (HTTP 429). ``retry_after``: seconds; infinite if it never will fit."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class AccountingError(DeltaServeError):
+    """Usage cannot be recorded, so nothing is answered (HTTP 503)."""
+
+
 class EngineDeadError(DeltaServeError):
     """The engine stopped; nothing can be generated until the server is restarted (HTTP 503)."""
