@@ -70,15 +70,25 @@ class ForbiddenError(RequestError):
 
 
 class LimitError(RequestError):
-    """A limit is used up (HTTP 429). ``retry_after``: seconds; infinite if it never will fit."""
+    """A limit is used up (HTTP 429). limit: its name in the settings. retry_after_s: infinite if
+    waiting does not help."""
 
-    def __init__(self, message: str, retry_after: float) -> None:
+    def __init__(self, message: str, *, limit: str, retry_after_s: float) -> None:
         super().__init__(message)
-        self.retry_after = retry_after
+        self.limit = limit
+        self.retry_after_s = retry_after_s
 
 
 class AccountingError(DeltaServeError):
     """Usage cannot be recorded, so nothing is answered (HTTP 503)."""
+
+
+class QueueFullError(RequestError):
+    """Too many requests wait already (HTTP 429). ``retry_after_s``: when there may be room."""
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int = 1) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
 
 
 class EngineDeadError(DeltaServeError):

@@ -133,17 +133,19 @@ class Limiter:
         self,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
-        used: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
-        """``used``: tokens of each subject in the present day and in the month, from before."""
         self.clock = clock
         self.wall = wall
         self.lock = threading.Lock()
         self._meters: dict[str, Meter] = {}
-        for name, tokens in (used or {}).items():
+
+    def load(self, used: Mapping[str, tuple[int, int]]) -> None:
+        """Begin with the tokens that each subject used in the present day and month."""
+        now = self.wall()
+        for name, tokens in used.items():
             meter = self.meter(name)
             for budget, amount in zip((meter.day, meter.month), tokens, strict=True):
-                budget.total(wall())  # opens the period
+                budget.total(now)  # opens the period
                 budget.used = amount
 
     def meter(self, name: str) -> Meter:
@@ -176,11 +178,17 @@ class Limiter:
             wait = meter.requests.wait(now, 1, limits.rpm_limit)
             if wait:
                 raise LimitError(
-                    f"{subject.name} has used its {limits.rpm_limit} requests per minute", wait
+                    f"{subject.name} has used its {limits.rpm_limit} requests per minute",
+                    limit="rpm_limit",
+                    retry_after_s=wait,
                 )
         most = limits.max_parallel_requests
         if most is not None and meter.parallel >= most:
-            raise LimitError(f"{subject.name} has its {most} requests at a time in progress", 1.0)
+            raise LimitError(
+                f"{subject.name} has its {most} requests at a time in progress",
+                limit="max_parallel_requests",
+                retry_after_s=1.0,
+            )
 
     def _headers(self, subjects: Sequence[Subject], unit: str, now: float) -> dict[str, str]:
         found = []
@@ -260,11 +268,12 @@ class Ticket:
                 raise LimitError(
                     f"{subject.name} has {limits.tpm_limit} tokens per minute, "
                     f"{meter.tokens.total(now)} of them used or reserved; {asked}",
-                    wait,
+                    limit="tpm_limit",
+                    retry_after_s=wait,
                 )
-        for budget, limit in (
-            (meter.day, limits.daily_token_budget),
-            (meter.month, limits.monthly_token_budget),
+        for name, budget, limit in (
+            ("daily_token_budget", meter.day, limits.daily_token_budget),
+            ("monthly_token_budget", meter.month, limits.monthly_token_budget),
         ):
             used = budget.total(self._at)  # also without a limit: it opens the period
             if limit is not None and used + tokens > limit:
@@ -272,5 +281,6 @@ class Ticket:
                 raise LimitError(
                     f"{subject.name} has a budget of {limit} tokens a {budget.kind}, {used} of "
                     f"them used or reserved; {asked}",
-                    wait if tokens <= limit else math.inf,
+                    limit=name,
+                    retry_after_s=wait if tokens <= limit else math.inf,
                 )

@@ -68,7 +68,7 @@ class LimitMachine(RuleBasedStateMachine):
             ticket.reserve(tokens)
         except LimitError as error:
             ticket.settle(0)
-            self.waits.append(error.retry_after)
+            self.waits.append(error.retry_after_s)
         else:
             self.requests.append(Request(self.now, self.wall(), subjects, ticket, tokens))
 
@@ -76,7 +76,7 @@ class LimitMachine(RuleBasedStateMachine):
         try:
             ticket = self.limiter.enter(subjects)
         except LimitError as error:
-            self.waits.append(error.retry_after)
+            self.waits.append(error.retry_after_s)
             return None
         self.entered += [(self.now, subject) for subject in subjects]
         return ticket
