@@ -29,8 +29,8 @@ class Base:
     digest: str
     name: str
     path: str
-    created: float
-    """Unix seconds, here and below."""
+    seen: float
+    """When it was loaded last; Unix seconds, here and below."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +95,16 @@ class Registry:
         with self._transaction() as connection:
             connection.execute(
                 "INSERT INTO bases VALUES (?, ?, ?, ?) "
-                "ON CONFLICT DO UPDATE SET name = excluded.name, path = excluded.path",
+                "ON CONFLICT DO UPDATE "
+                "SET name = excluded.name, path = excluded.path, seen = excluded.seen",
                 (digest, name, path, self._clock()),
             )
 
     def bases(self) -> list[Base]:
+        """Those that were loaded last come first."""
         with self._transaction() as connection:
-            return [Base(**row) for row in connection.execute("SELECT * FROM bases ORDER BY name")]
+            rows = connection.execute("SELECT * FROM bases ORDER BY seen DESC, name")
+            return [Base(**row) for row in rows]
 
     def deltas(self, base: str) -> list[Delta]:
         """All of a base, by name."""

@@ -10,7 +10,7 @@ MIGRATIONS: Migrations = (
             digest TEXT PRIMARY KEY,
             name TEXT NOT NULL,
             path TEXT NOT NULL,
-            created REAL NOT NULL
+            seen REAL NOT NULL  -- when it was loaded last
         ) STRICT""",
         # What is current must be a version of this delta; checked at the end of a transaction,
         # because both are made in one.

@@ -86,6 +86,7 @@ class Accounts:
         wall: Callable[[], float] = time.time,
     ) -> None:
         """Raises ConfigError when the database cannot be used."""
+        self.path = path
         self._connection = open_database(path, MIGRATIONS)
         self._wall = wall
         self._lock = threading.Lock()

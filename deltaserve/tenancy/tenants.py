@@ -23,8 +23,8 @@ from pydantic import (
     ValidationError,
 )
 
-from deltaserve.config import read_yaml
 from deltaserve.errors import ConfigError, RequestError
+from deltaserve.yaml_file import read_yaml
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
