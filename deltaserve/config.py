@@ -176,9 +176,7 @@ class ServerConfig:
         if self.delta_roots and self.admin_key_sha256 is None:
             raise ConfigError("delta_roots has no use without admin_key: nobody could load a delta")
         if self.managed and self.api_key_sha256 is not None:
-            raise ConfigError(
-                "api_key is for a single user: where there are tenants, give it to one"
-            )
+            raise ConfigError("api_key is for a single user: make a tenant for it instead")
 
     @property
     def managed(self) -> bool:
@@ -324,7 +322,9 @@ def _read_file(file: Path) -> dict[str, Any]:
         if isinstance(path := values.get(name), str):
             values[name] = str(file.parent / path)
     if isinstance(roots := values.get("delta_roots"), list):
-        values["delta_roots"] = [str(file.parent / str(root)) for root in roots]
+        values["delta_roots"] = [
+            str(file.parent / root) if isinstance(root, str) else root for root in roots
+        ]
     return values
 
 

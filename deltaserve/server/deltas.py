@@ -160,6 +160,7 @@ class Deltas:
                 with suppress(UnknownModelError):
                     await self._client.unload_delta(name)
             raise RequestError(str(error), param="path") from error
+        self._tokenizers.forget(name, but=version.digest)
         return self._describe(
             await asyncio.to_thread(self._registry.activate, self._base, name, version.number)
         )

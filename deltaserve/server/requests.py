@@ -69,9 +69,11 @@ class Service:
         """What the caller may use, by name. Others do not exist for him."""
         caller = caller_of(request)
         return {
-            info.name: ServedModel(info, self._tokenizers.of(info), self.client.max_model_len)
+            info.name: ServedModel(info, tokenizer, self.client.max_model_len)
             for info in self.client.models()
-            if info.state != "draining" and (caller is None or caller.allows(info.name))
+            if info.state != "draining"
+            and (caller is None or caller.allows(info.name))
+            and (tokenizer := self._tokenizers.of(info)) is not None
         }
 
     def model(self, request: Request, name: str) -> ServedModel:

@@ -107,9 +107,9 @@ class Tokenizers:
         for info in deltas:
             self.load(info.name, info.path, info.digest)
 
-    def of(self, info: ModelInfo) -> ModelTokenizer:
-        """Of a served version; its tokenizer was loaded before it was."""
-        return self._loaded[info.name, info.digest]
+    def of(self, info: ModelInfo) -> ModelTokenizer | None:
+        """Of a version; None for one that nobody got ready for, as when its files have changed."""
+        return self._loaded.get((info.name, info.digest))
 
     def load(self, name: str, path: str, digest: str | None) -> None:
         """Get ready for a version. Raises CheckpointError."""
@@ -118,9 +118,9 @@ class Tokenizers:
             tokenizer = load_tokenizer(name, [directory, self._base_dir])
         self._loaded[name, digest] = _model_tokenizer(tokenizer, [directory, self._base_dir])
 
-    def forget(self, name: str) -> None:
-        """All versions of a model that is served no more."""
-        for key in [key for key in self._loaded if key[0] == name]:
+    def forget(self, name: str, but: str | None = None) -> None:
+        """All versions of a model, except the one with this digest."""
+        for key in [key for key in self._loaded if key[0] == name and key[1] != but]:
             self._loaded.pop(key, None)
 
 

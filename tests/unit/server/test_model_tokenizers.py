@@ -17,7 +17,9 @@ CHAT = [{"role": "user", "content": "x"}]
 
 def load(base: Path, own: Path) -> ModelTokenizer:
     models = [ModelInfo("base", str(base), None, None), ModelInfo("own", str(own), "base", "d")]
-    return Tokenizers(models).of(models[1])
+    tokenizer = Tokenizers(models).of(models[1])
+    assert tokenizer is not None
+    return tokenizer
 
 
 @pytest.fixture

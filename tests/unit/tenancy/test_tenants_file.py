@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from deltaserve.cli.main import dispatch
 from deltaserve.errors import ConfigError
 from deltaserve.tenancy.keys import digest, new_key
 from deltaserve.tenancy.tenants import parse_duration, read_tenants
@@ -117,3 +118,9 @@ def test_keys_are_long_random_and_fit_in_a_header():
     assert len(keys) == 100
     assert all(len(key) > 40 and key.isascii() and key.isprintable() for key in keys)
     assert not math.isnan(len(digest("\udcff")))  # odd header bytes have a digest too
+
+
+def test_the_command_makes_a_key_for_the_file(capsys):
+    assert dispatch(["key"]) == 0
+    key, sha256 = (line.split()[1] for line in capsys.readouterr().out.splitlines())
+    assert digest(key) == sha256
