@@ -18,10 +18,23 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from deltaserve.errors import ConfigError
+from deltaserve.yaml_file import read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
-SERVER_KNOBS = ("host", "port", "engine_process", "engine_hang_s", "drain_timeout_s")
+SERVER_KNOBS = (
+    "host",
+    "port",
+    "engine_process",
+    "engine_hang_s",
+    "drain_timeout_s",
+    "tenants",
+    "state_dir",
+    "delta_roots",
+)
+
+KEY_KNOBS = ("api_key", "admin_key")
+"""Only their digests are kept."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -30,10 +43,15 @@ SchedulingPolicy = Literal["fcfs", "priority", "vtc"]
 
 @dataclass(frozen=True, slots=True)
 class DeltaSource:
-    """A fine-tune to serve: its name in the API, and the directory of its delta."""
+    """A fine-tune to serve: its name in the API, and the directory of its delta.
+
+    required: without it nothing is served; otherwise it is left out when it cannot be.
+    """
 
     name: str
     path: str
+    pinned: bool = False
+    required: bool = True
 
 
 @dataclass(frozen=True)
@@ -132,7 +150,17 @@ class ServerConfig:
     drain_timeout_s: float = 10.0
     """What requests in flight may still take when the server is told to stop."""
     api_key_sha256: bytes | None = field(default=None, repr=False)
-    """Digest of the key that /v1 asks for (the knob ``api_key``); the key itself is not kept."""
+    """Digest of the key that /v1 asks for (the knob ``api_key``); the key itself is not kept.
+    For a single user: where there are tenants, each has its own."""
+    admin_key_sha256: bytes | None = field(default=None, repr=False)
+    """Digest of the key for tenants, deltas and metrics (the knob ``admin_key``). Without it
+    there are no management routes."""
+    tenants: str | None = None
+    """YAML file of tenants, their keys and limits."""
+    state_dir: str | None = None
+    """Directory for the registry, the tenants and the usage; needed by the two above."""
+    delta_roots: tuple[str, ...] = ()
+    """Directories from which deltas may be loaded at run time."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -141,6 +169,24 @@ class ServerConfig:
             raise ConfigError("host is empty: name an address, such as 127.0.0.1")
         for name in ("engine_hang_s", "drain_timeout_s"):
             _require_duration(name, getattr(self, name))
+        if self.managed and self.state_dir is None:
+            raise ConfigError("tenants and admin_key need state_dir: name a directory to keep")
+        if self.state_dir is not None and not self.managed:
+            raise ConfigError("state_dir has no use without admin_key or tenants")
+        if self.delta_roots and self.admin_key_sha256 is None:
+            raise ConfigError("delta_roots has no use without admin_key: nobody could load a delta")
+        if self.managed and self.api_key_sha256 is not None:
+            raise ConfigError("api_key is for a single user: make a tenant for it instead")
+
+    @property
+    def managed(self) -> bool:
+        """There are tenants, or somebody who may make them."""
+        return self.tenants is not None or self.admin_key_sha256 is not None
+
+    @property
+    def locked(self) -> bool:
+        """Nobody may generate without a key."""
+        return self.managed or self.api_key_sha256 is not None
 
 
 def load_config(flags: Mapping[str, Any], file: Path | None = None) -> ServerConfig:
@@ -161,12 +207,15 @@ def load_config(flags: Mapping[str, Any], file: Path | None = None) -> ServerCon
     for name, value in values.items():
         _check_type(name, value)
     server = {name: values.pop(name) for name in SERVER_KNOBS if name in values}
-    key = values.pop("api_key", None)
+    server["delta_roots"] = tuple(server.get("delta_roots", ()))
+    keys = {name: values.pop(name, None) for name in KEY_KNOBS}
+    digests = {name: None if key is None else hash_key(key) for name, key in keys.items()}
     if "base" not in values:
         raise ConfigError("no base model was given: name its directory or hub id")
     return ServerConfig(
         engine=EngineConfig(**values, deltas=tuple(deltas.values())),
-        api_key_sha256=None if key is None else hash_key(key),
+        api_key_sha256=digests["api_key"],
+        admin_key_sha256=digests["admin_key"],
         **server,
     )
 
@@ -194,11 +243,15 @@ def _knobs() -> dict[str, Any]:
     """Name and type of every knob."""
     engine = get_type_hints(EngineConfig)
     server = get_type_hints(ServerConfig)
-    return engine | {name: server[name] for name in SERVER_KNOBS} | {"api_key": str}
+    return engine | {name: server[name] for name in SERVER_KNOBS} | dict.fromkeys(KEY_KNOBS, str)
 
 
 def _check_type(name: str, value: Any) -> None:
     wanted = _knobs()[name]
+    if name == "delta_roots":
+        if not (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)):
+            raise ConfigError("delta_roots must be a list of directories")
+        return
     if get_origin(wanted) is Literal:
         choices = get_args(wanted)
         if value not in choices:
@@ -247,7 +300,7 @@ def check_names(base: str, deltas: list[str]) -> None:
 
 def _read_file(file: Path) -> dict[str, Any]:
     """The knobs of a YAML file; relative paths in it start at the file."""
-    content = _read_yaml(file)
+    content = read_yaml(file)
     known = _knobs().keys() - {"deltas"}
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -265,6 +318,13 @@ def _read_file(file: Path) -> dict[str, Any]:
     base = values.get("base")
     if isinstance(base, str) and (file.parent / base).is_dir():  # otherwise a hub id
         values["base"] = str(file.parent / base)
+    for name in ("tenants", "state_dir"):
+        if isinstance(path := values.get(name), str):
+            values[name] = str(file.parent / path)
+    if isinstance(roots := values.get("delta_roots"), list):
+        values["delta_roots"] = [
+            str(file.parent / root) if isinstance(root, str) else root for root in roots
+        ]
     return values
 
 
@@ -279,26 +339,3 @@ def _file_deltas(file: Path, value: Any) -> tuple[DeltaSource, ...]:
     else:
         raise ConfigError(f"{file}: deltas must be a mapping of names to paths, or NAME=PATH texts")
     return tuple(DeltaSource(d.name, str(file.parent / d.path)) for d in deltas)
-
-
-def _read_yaml(file: Path) -> dict[Any, Any]:
-    import yaml  # only here: the engine runs where PyYAML is missing
-
-    class Loader(yaml.SafeLoader):
-        """Refuses a key that is given twice; YAML would silently keep the last."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            if twice := next((key for key in keys if keys.count(key) > 1), None):
-                raise ConfigError(f"{file}: {twice!r} is given twice")
-            return super().construct_mapping(node, deep)
-
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader)
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: must hold a mapping of knobs to values")
-    return content

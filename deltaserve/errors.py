@@ -57,6 +57,36 @@ class UnknownModelError(RequestError):
     """A request names a model that is not served (HTTP 404)."""
 
 
+class NotFoundError(RequestError):
+    """A request names a tenant, a key or a version that does not exist (HTTP 404)."""
+
+
+class ConflictError(RequestError):
+    """What is asked for does not go with what there is (HTTP 409)."""
+
+
+class AuthenticationError(RequestError):
+    """No key, or one that opens nothing (HTTP 401)."""
+
+
+class ForbiddenError(RequestError):
+    """The key is known, but may not do this (HTTP 403)."""
+
+
+class LimitError(RequestError):
+    """A limit is used up (HTTP 429). limit: its name in the settings. retry_after_s: infinite if
+    waiting does not help."""
+
+    def __init__(self, message: str, *, limit: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
+class AccountingError(DeltaServeError):
+    """Usage cannot be recorded, so nothing is answered (HTTP 503)."""
+
+
 class QueueFullError(RequestError):
     """Too many requests wait already (HTTP 429). ``retry_after_s``: when there may be room."""
 

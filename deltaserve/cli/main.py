@@ -24,6 +24,7 @@ COMMANDS = {
     "diff": "Show what a fine-tune changed: unchanged values, norms, effective ranks.",
     "inspect": "Show what a delta holds: sizes, codecs, errors, base and digest.",
     "export": "Write base + delta as an ordinary Hugging Face checkpoint.",
+    "key": "Make an API key for the tenants file, and its digest.",
     "serve": "Serve a base model and its deltas behind an OpenAI-compatible endpoint.",
 }
 

@@ -59,6 +59,26 @@ DrainTimeout = Annotated[
         f"(default: {ServerConfig.drain_timeout_s:g})"
     ),
 ]
+AdminKey = Annotated[
+    str | None,
+    typer.Option(
+        envvar="DELTASERVE_ADMIN_KEY",
+        help="Key for tenants, deltas and metrics; without it there is no management.",
+    ),
+]
+Tenants = Annotated[
+    str | None, typer.Option(metavar="FILE", help="YAML file of tenants, their keys and limits.")
+]
+StateDir = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Where registry, tenants and usage are kept."),
+]
+DeltaRoots = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--delta-root", metavar="DIR", help="Deltas may be loaded from here at run time. Repeat it."
+    ),
+]
 Name = Annotated[
     str | None,
     typer.Option(help="Name of the base in the API. (default: last part of BASE)"),
@@ -165,6 +185,10 @@ def run(
     host: Host = None,
     port: Port = None,
     api_key: ApiKey = None,
+    admin_key: AdminKey = None,
+    tenants: Tenants = None,
+    state_dir: StateDir = None,
+    delta_root: DeltaRoots = None,
     engine_process: EngineProcess = None,
     engine_hang_s: EngineHang = None,
     drain_timeout_s: DrainTimeout = None,
@@ -189,8 +213,11 @@ def run(
     deterministic: Deterministic = None,
 ) -> None:
     """Serve a base model and its deltas behind an OpenAI-compatible endpoint."""
-    flags = {name: value for name, value in locals().items() if name not in ("delta", "config")}
-    settings = load_config(flags | {"deltas": parse_deltas(delta or ())}, config)
+    flags = dict(locals())
+    for name in ("delta", "delta_root", "config"):
+        del flags[name]
+    lists = {"deltas": parse_deltas(delta or ()), "delta_roots": delta_root or None}
+    settings = load_config(flags | lists, config)
 
     from deltaserve.server.lifecycle import serve  # torch: only once the options are right
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from pathlib import Path
@@ -35,7 +36,15 @@ from deltaserve.engine.scheduler import Scheduler
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.types import EngineRequest, EngineStats, FinishReason, ModelInfo, TokenEvent
 from deltaserve.engine.versions import DeltaVersion
-from deltaserve.errors import ArtifactError, ConfigError, QueueFullError, RequestError
+from deltaserve.errors import (
+    ArtifactError,
+    ConfigError,
+    DeltaServeError,
+    QueueFullError,
+    RequestError,
+)
+
+logger = logging.getLogger(__name__)
 
 # How long a step without rows waits for a load, so that it neither spins nor oversleeps.
 LOAD_WAIT_S = 0.005
@@ -241,12 +250,19 @@ class Engine:
         )
 
     def _load_deltas(self) -> None:
-        """Those of the configuration that fit; raises ArtifactError for the first that is bad."""
+        """Those of the configuration that fit; raises for the first required one that is bad."""
+        optional = {source.name for source in self.config.deltas if not source.required}
         for source in self.config.deltas:
-            self.residency.register(source.name, source.path, load=False)
+            try:
+                self.residency.register(source.name, source.path, pinned=source.pinned, load=False)
+            except DeltaServeError as error:
+                if source.required:
+                    raise
+                logger.error("the delta %s is not served: %s", source.name, error)
         for version in self.residency.load_all():
-            self.close()
-            raise ArtifactError(version.error)
+            if version.name not in optional:
+                self.close()
+                raise ArtifactError(version.error)
 
     def _advance_loads(self) -> list[TokenEvent]:
         """Let deltas move -> the ends of requests whose delta cannot be loaded."""

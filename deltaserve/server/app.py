@@ -3,53 +3,77 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from deltaserve.config import ServerConfig
 from deltaserve.engine.client import EngineClient
 from deltaserve.errors import DeltaServeError
+from deltaserve.server.auth import SingleKey, TenantKeys, caller_of
+from deltaserve.server.deltas import Deltas
 from deltaserve.server.drain import Drain, DrainGate
 from deltaserve.server.errors import GenerationError, error_response
-from deltaserve.server.middleware import ApiKey, RequestContext
+from deltaserve.server.metrics import Metrics
+from deltaserve.server.middleware import RequestContext
+from deltaserve.server.office import Office
 from deltaserve.server.requests import Service
 from deltaserve.server.routes_chat import chat_router
 from deltaserve.server.routes_completions import completions_router
+from deltaserve.server.routes_deltas import deltas_router
 from deltaserve.server.routes_health import health_router
 from deltaserve.server.routes_models import models_router
-from deltaserve.server.tokenizers import ModelTokenizer
+from deltaserve.server.routes_tenants import tenants_router
+from deltaserve.server.routes_usage import metrics_router, usage_router
+from deltaserve.server.tokenizers import Tokenizers
 
 
 def create_app(
     client: EngineClient,
-    tokenizers: Mapping[str, ModelTokenizer],
+    tokenizers: Tokenizers,
     config: ServerConfig,
     drain: Drain | None = None,
+    office: Office | None = None,
 ) -> FastAPI:
-    """The endpoint. The caller starts and closes the engine.
+    """The endpoint. The caller starts and closes the engine and the office.
 
     Args:
-        tokenizers: one for each of ``client.models()``.
+        tokenizers: with those of ``client.models()``.
         drain: for who wants to end it without cutting answers off.
+        office: of a configuration with tenants.
     """
+    assert (office is not None) == config.managed
     drain = drain or Drain()
+    metrics = Metrics(client)
     # No schema pages: they would load scripts from elsewhere, and bodies are read by hand.
     app = FastAPI(openapi_url=None, redirect_slashes=False)
-    service = Service(client, tokenizers)
+    service = Service(client, tokenizers, metrics, office)
     app.include_router(models_router(service, int(time.time())))
     app.include_router(health_router(client, drain))
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
-    for kind in (DeltaServeError, GenerationError, HTTPException):
-        app.add_exception_handler(kind, _on_error)
+    app.include_router(metrics_router(metrics))
+    if office is not None:
+        app.include_router(usage_router(office.usage))
+        if config.admin_key_sha256 is not None:
+            deltas = Deltas(client, office.registry, office.sources, tokenizers)
+            app.include_router(deltas_router(deltas, office.accounts))
+            app.include_router(tenants_router(office.accounts))
+
+    async def on_error(request: Request, error: Exception) -> Response:
+        caller = caller_of(request)
+        metrics.refuse(error, caller.tenant.id if caller is not None else None)
+        return error_response(error)
+
+    for kind in (DeltaServeError, GenerationError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, on_error)
     app.add_middleware(DrainGate, drain=drain)
-    if config.api_key_sha256 is not None:
-        app.add_middleware(ApiKey, sha256=config.api_key_sha256)
+    if office is not None:
+        app.add_middleware(
+            TenantKeys, office=office, admin_sha256=config.admin_key_sha256, metrics=metrics
+        )
+    elif config.api_key_sha256 is not None:
+        app.add_middleware(SingleKey, sha256=config.api_key_sha256)
     app.add_middleware(RequestContext)  # added last, so outermost
     return app
-
-
-async def _on_error(request: Request, error: Exception) -> Response:
-    return error_response(error)

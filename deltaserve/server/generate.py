@@ -17,8 +17,10 @@ from deltaserve.engine.types import (
     TokenLogprobs,
 )
 from deltaserve.errors import EngineDeadError
+from deltaserve.server.billing import Bill, Used
 from deltaserve.server.detokenize import Decoder, TextStream, Token
 from deltaserve.server.errors import GenerationError
+from deltaserve.server.metrics import Metrics
 
 T = TypeVar("T")
 
@@ -64,14 +66,19 @@ class Generation:
 
     def __init__(
         self, client: EngineClient, decoder: Decoder, stops: Sequence[str], n: int,
-        requests: Sequence[EngineRequest], *, echo: bool = False, track: bool = False,
+        requests: Sequence[EngineRequest], *, metrics: Metrics, bill: Bill | None = None,
+        echo: bool = False, track: bool = False,
     ) -> None:  # fmt: skip
         """``requests``: one for each prompt; ``n`` choices are made of each.
 
-        echo: texts begin with the prompt. track: pieces tell their tokens.
+        bill: of the tenant, if there is one. echo: texts begin with the prompt. track: pieces
+        tell their tokens.
         """
         self._client = client
         self._n = n
+        self._metrics = metrics
+        self._bill = bill
+        self._failed = False
         self._choices = [
             Choice(
                 index,
@@ -91,6 +98,7 @@ class Generation:
                 self._client.submit(choice.request)
                 self._open.add(choice.request.request_id)
         except BaseException:
+            self._failed = True
             self.abort()
             raise
 
@@ -102,29 +110,43 @@ class Generation:
         """
         return merge([self._follow(choice) for choice in self._choices])
 
+    async def settle(self) -> None:
+        """Before the end of the answer is sent: record what it cost. Raises AccountingError."""
+        if self._bill is not None:
+            await self._bill.pay(self._used())
+
     def abort(self) -> None:
         """End what is unfinished and free its memory. May be called again."""
         while self._open:
             self._client.abort(self._open.pop())
+        if self._bill is not None:
+            self._bill.drop("error" if self._failed else "cancelled", self._used())
 
     def usage(self) -> dict[str, Any]:
+        used = self._used()
+        return {
+            "prompt_tokens": used.prompt_tokens,
+            "completion_tokens": used.completion_tokens,
+            "total_tokens": used.prompt_tokens + used.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
+        }
+
+    def _used(self) -> Used:
         completion = sum(choice.text.num_tokens for choice in self._choices)
         # A prompt counts once, however many choices are made of it.
         cached = sum(choice.num_cached for choice in self._choices[:: self._n])
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": completion,
-            "total_tokens": self.prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
+        return Used(self.prompt_tokens, cached, completion)
 
     async def _follow(self, choice: Choice) -> AsyncIterator[Piece]:
         request_id = choice.request.request_id
+        watch = self._metrics.watch(choice.request.model, len(choice.request.prompt_ids))
         async for event in self._client.stream(request_id):
+            watch.see(event)
             if event.finish_reason is not None:
                 self._open.discard(request_id)
             choice.num_cached = max(choice.num_cached, event.num_cached)
             if event.finish_reason is FinishReason.ERROR:
+                self._failed = True
                 reason = event.error or "the engine failed on this request"
                 raise GenerationError(reason) if self._client.alive() else EngineDeadError(reason)
             piece = _piece(choice, event)

@@ -10,6 +10,7 @@ import logging
 import signal
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from types import FrameType
 
 import uvicorn
@@ -19,7 +20,9 @@ from deltaserve.engine.client import EngineClient
 from deltaserve.errors import ConfigError
 from deltaserve.server.app import create_app
 from deltaserve.server.drain import Drain
-from deltaserve.server.tokenizers import load_tokenizers
+from deltaserve.server.office import Office
+from deltaserve.server.restore import registered_deltas, remember
+from deltaserve.server.tokenizers import Tokenizers
 
 FAREWELL_SECONDS = 2
 """What the last bytes of answers may take to leave, once nothing is generated any more."""
@@ -33,13 +36,17 @@ def serve(config: ServerConfig) -> None:
         DeltaServeError: the address cannot be used, or a model cannot be served.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    # Before minutes of loading: an address that cannot be had is known at once.
-    with contextlib.closing(bind(config)) as listener:
-        print(f"Loading {config.engine.base}, {len(config.engine.deltas)} delta(s) ...", flush=True)
-        client = start_engine(config)
+    # Before minutes of loading: what cannot be had is known at once.
+    with contextlib.closing(bind(config)) as listener, open_office(config) as office:
+        wanted = add_registered(config, office)
+        print(f"Loading {wanted.engine.base}, {len(wanted.engine.deltas)} delta(s) ...", flush=True)
+        client = start_engine(wanted)
         try:
             drain = Drain()
-            app = create_app(client, load_tokenizers(client.models()), config, drain)
+            tokenizers = Tokenizers(client.models())
+            if office is not None:
+                remember(client, office.registry, config.engine)
+            app = create_app(client, tokenizers, config, drain, office)
             names = [model.name for model in client.models()]
             settings = uvicorn.Config(
                 app,
@@ -57,6 +64,26 @@ def serve(config: ServerConfig) -> None:
         finally:
             client.close()
     print("DeltaServe stopped.", flush=True)
+
+
+@contextlib.contextmanager
+def open_office(config: ServerConfig) -> Iterator[Office | None]:
+    """What a configuration with tenants needs. Raises ConfigError."""
+    if not config.managed:
+        yield None
+        return
+    with contextlib.closing(Office.open(config)) as office:
+        yield office
+
+
+def add_registered(config: ServerConfig, office: Office | None) -> ServerConfig:
+    """With the deltas that were served before the last stop; those given now come first."""
+    if office is None:
+        return config
+    given = {delta.name for delta in config.engine.deltas}
+    before = registered_deltas(office.registry, config.engine.base)
+    more = tuple(delta for delta in before if delta.name not in given)
+    return replace(config, engine=replace(config.engine, deltas=config.engine.deltas + more))
 
 
 def start_engine(config: ServerConfig) -> EngineClient:
@@ -127,10 +154,10 @@ def bind(config: ServerConfig) -> socket.socket:
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
         family, _, _, _, address = found[0]
         # By address, not by name: what a name means is decided elsewhere.
-        if config.api_key_sha256 is None and not ipaddress.ip_address(address[0]).is_loopback:
+        if not (config.locked or ipaddress.ip_address(address[0]).is_loopback):
             raise ConfigError(
                 f"{config.host} is open to other machines, so an API key is needed: set "
-                "DELTASERVE_API_KEY (or --api-key), or listen on 127.0.0.1"
+                "DELTASERVE_API_KEY (or --api-key), or --tenants, or listen on 127.0.0.1"
             )
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:

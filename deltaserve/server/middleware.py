@@ -1,20 +1,18 @@
-"""Around every request: an id, one line in the log, the API key, and no traceback to the client.
+"""Around every request: an id, one line in the log, and no traceback to the client.
 
 Pure ASGI: Starlette's BaseHTTPMiddleware would hide disconnects from the handlers.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import time
 import uuid
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deltaserve.server.errors import ApiError, error_response
+from deltaserve.server.errors import error_response
 from deltaserve.server.sse import ClientGoneError
 
 access_log = logging.getLogger("deltaserve.access")
@@ -54,26 +52,6 @@ class RequestContext:
                 await response(scope, receive, send_with_id)
         finally:
             _log(scope, status, time.perf_counter() - started, request_id)
-
-
-class ApiKey:
-    """Asks for the key on everything under /v1. Only the key's SHA-256 is known here."""
-
-    def __init__(self, app: ASGIApp, sha256: bytes) -> None:
-        self._app = app
-        self._sha256 = sha256
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and f"{scope['path']}/".startswith("/v1/"):
-            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            # Header values are Latin-1 on the wire; the digest makes the times independent of them.
-            given = hashlib.sha256(key.strip().encode("latin-1")).digest()
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given, self._sha256):
-                message = "Missing or wrong API key: send it as 'Authorization: Bearer KEY'."
-                response = error_response(ApiError(401, message, code="invalid_api_key"))
-                await response(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
 
 
 def _log(scope: Scope, status: int, seconds: float, request_id: str) -> None:

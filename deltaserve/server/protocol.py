@@ -41,7 +41,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "bad_words": ([],),
     "best_of": (1,),
-    "cache_salt": (),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
@@ -58,7 +57,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mm_processor_kwargs": (),
     "parallel_tool_calls": (True, False),  # there are no tools
     "prediction": (),
-    "priority": (0,),
     "prompt_cache_retention": (),
     "reasoning_effort": ("none",),
     "return_tokens_as_token_ids": (False,),
@@ -145,6 +143,10 @@ class GenerationRequest(Strict):
     guided_regex: Text | None = None
     guided_choice: Choices | None = None
     guided_grammar: Text | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
+    """Lower runs first."""
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """Computed prompts are shared with requests of the same salt only."""
     # For the operator's records; they have no effect on answers.
     user: str | None = None
     safety_identifier: str | None = None

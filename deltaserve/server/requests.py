@@ -6,7 +6,9 @@ import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from deltaserve import __version__
@@ -14,11 +16,15 @@ from deltaserve.engine.client import EngineClient
 from deltaserve.engine.grammar import check_grammar
 from deltaserve.engine.types import EngineRequest, ModelInfo, SamplingParams
 from deltaserve.errors import RequestError, UnknownModelError
+from deltaserve.server.auth import caller_of
+from deltaserve.server.billing import Bill, open_bill
 from deltaserve.server.errors import ApiError
 from deltaserve.server.generate import Generation
+from deltaserve.server.metrics import Metrics
+from deltaserve.server.office import Office
 from deltaserve.server.protocol import CompletionRequest, GenerationRequest, RequestT, parse
 from deltaserve.server.sse import ClientGoneError
-from deltaserve.server.tokenizers import ModelTokenizer
+from deltaserve.server.tokenizers import ModelTokenizer, Tokenizers
 
 MAX_BODY_BYTES = 8 * 2**20
 MAX_CHOICES = 2048
@@ -44,21 +50,41 @@ class ServedModel:
 
 
 class Service:
-    """What the routes share: the engine and the models that it serves."""
+    """What the routes share: the engine, the models that it serves, and who pays."""
 
-    def __init__(self, client: EngineClient, tokenizers: Mapping[str, ModelTokenizer]) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizers: Tokenizers,
+        metrics: Metrics,
+        office: Office | None = None,
+    ) -> None:
+        """``office``: None where there are no tenants."""
         self.client = client
-        self.models = {
-            info.name: ServedModel(info, tokenizers[info.name], client.max_model_len)
-            for info in client.models()
+        self.metrics = metrics
+        self._tokenizers = tokenizers
+        self._office = office
+
+    def models(self, request: Request) -> dict[str, ServedModel]:
+        """What the caller may use, by name. Others do not exist for him."""
+        caller = caller_of(request)
+        return {
+            info.name: ServedModel(info, tokenizer, self.client.max_model_len)
+            for info in self.client.models()
+            if info.state != "draining"
+            and (caller is None or caller.allows(info.name))
+            and (tokenizer := self._tokenizers.of(info)) is not None
         }
 
-    def model(self, name: str) -> ServedModel:
-        """Raises UnknownModelError."""
-        if name in self.models:
-            return self.models[name]
-        some = ", ".join(list(self.models)[:MODELS_IN_MESSAGE])
-        more = len(self.models) - MODELS_IN_MESSAGE
+    def model(self, request: Request, name: str) -> ServedModel:
+        """Raises UnknownModelError, ApiError: it exists, but could not be loaded."""
+        models = self.models(request)
+        if name in models:
+            if models[name].info.state == "error":
+                raise ApiError(503, f"{name} cannot be served: it could not be loaded")
+            return models[name]
+        some = ", ".join(list(models)[:MODELS_IN_MESSAGE])
+        more = len(models) - MODELS_IN_MESSAGE
         raise UnknownModelError(
             f"The model {name[:128]!r} does not exist. GET /v1/models lists those that do: {some}"
             + (f" and {more} more." if more > 0 else "."),
@@ -67,19 +93,25 @@ class Service:
 
     def generation(
         self,
+        request: Request,
         request_id: str,
         body: GenerationRequest,
         model: ServedModel,
         prompts: Sequence[Sequence[int]],
         max_tokens: Sequence[int],
     ) -> Generation:
-        """The engine requests for ``prompts``, queued. Raises what ``submit`` raises."""
+        """The engine requests for ``prompts``, queued.
+
+        Raises what ``submit`` raises; LimitError.
+        """
+        terms = self._terms(request, body)
         requests = [
             EngineRequest(
                 f"{request_id}-{index}",
                 model.info.name,
                 tuple(prompt),
                 _sampling(body, model, limit),
+                **terms,
             )
             for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
         ]
@@ -91,9 +123,36 @@ class Service:
             requests,
             echo=isinstance(body, CompletionRequest) and bool(body.echo),
             track=body.num_logprobs is not None or bool(body.return_token_ids),
+            metrics=self.metrics,
+            bill=self._bill(request, body, model, prompts, max_tokens),
         )
         generation.submit()
         return generation
+
+    def _terms(self, request: Request, body: GenerationRequest) -> dict[str, Any]:
+        """How the engine shall treat the request beside others."""
+        caller, asked = caller_of(request), body.priority or 0
+        if caller is None or self._office is None:
+            return {"cache_salt": body.cache_salt or "", "priority": asked}
+        return {
+            "cache_salt": self._office.accounts.salt(caller, body.cache_salt),
+            "tenant": caller.tenant.id,
+            "weight": caller.tenant.weight,
+            "priority": max(asked, caller.priority),  # nobody lets himself go before others
+        }
+
+    def _bill(
+        self,
+        request: Request,
+        body: GenerationRequest,
+        model: ServedModel,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: Sequence[int],
+    ) -> Bill | None:
+        if self._office is None:
+            return None
+        most = sum(map(len, prompts)) + (body.n or 1) * sum(max_tokens)
+        return open_bill(request, self._office.usage, model.info, body.user, most)
 
 
 async def read_request(request: Request, model: type[RequestT]) -> RequestT:
@@ -103,10 +162,7 @@ async def read_request(request: Request, model: type[RequestT]) -> RequestT:
         RequestError: not JSON, too large, wrong fields, a grammar that is none.
         ClientGoneError: the client went away while it was sending.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # also keeps foreign web pages from posting unasked
-        raise ApiError(415, "the body must be JSON, with 'Content-Type: application/json'")
-    body = parse(model, await _read_body(request))
+    body = parse(model, await _read_json(request))
     if (asked := body.grammar()) is not None:
         field, grammar = asked
         try:
@@ -114,6 +170,24 @@ async def read_request(request: Request, model: type[RequestT]) -> RequestT:
         except RequestError as error:
             raise RequestError(f"{field}: {error}", param=field) from error
     return body
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """The JSON object of a management request. Raises RequestError."""
+    try:
+        content = from_json(await _read_json(request), allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"the body is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise RequestError("the body must be a JSON object")
+    return content
+
+
+async def _read_json(request: Request) -> bytes:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # also keeps foreign web pages from posting unasked
+        raise ApiError(415, "the body must be JSON, with 'Content-Type: application/json'")
+    return await _read_body(request)
 
 
 async def _read_body(request: Request) -> bytes:

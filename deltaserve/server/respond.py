@@ -57,6 +57,7 @@ async def respond(
         return EventStream(events, on_close=generation.abort)
     try:
         pieces = await while_connected(request.receive, _collect(generation))
+        await generation.settle()
     finally:
         generation.abort()
     choices = [shape.whole(piece) for piece in pieces]
@@ -86,4 +87,5 @@ async def _events(
         begun.add(piece.index)
     if include_usage:
         yield event({**envelope, "choices": [], "usage": generation.usage()})
+    await generation.settle()
     yield DONE

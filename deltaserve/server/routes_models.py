@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from deltaserve.server.errors import json_response
 from deltaserve.server.requests import ServedModel, Service
@@ -16,13 +16,13 @@ def models_router(service: Service, created: int) -> APIRouter:
     router = APIRouter()
 
     @router.get("/v1/models")
-    async def list_models() -> Response:
-        cards = [_card(model, created) for model in service.models.values()]
+    async def list_models(request: Request) -> Response:
+        cards = [_card(model, created) for model in service.models(request).values()]
         return json_response({"object": "list", "data": cards})
 
     @router.get("/v1/models/{name:path}")
-    async def retrieve_model(name: str) -> Response:
-        return json_response(_card(service.model(name), created))
+    async def retrieve_model(request: Request, name: str) -> Response:
+        return json_response(_card(service.model(request, name), created))
 
     @router.get("/v1/stats")
     async def stats() -> Response:
@@ -46,6 +46,7 @@ def _card(model: ServedModel, created: int) -> dict[str, Any]:
         "root": info.parent or info.name,
         "parent": info.parent,
         "max_model_len": model.max_model_len,
+        "state": info.state,
         "digest": info.digest,
         "codecs": list(info.codecs),
         "merged": info.merged,

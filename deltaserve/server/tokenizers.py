@@ -91,24 +91,37 @@ class ModelTokenizer:
         return str(text)
 
 
-def load_tokenizers(models: Sequence[ModelInfo]) -> dict[str, ModelTokenizer]:
-    """One ModelTokenizer for each model, the base first in ``models``.
+class Tokenizers:
+    """Those of all versions of all models. Safe across threads.
 
     Fine-tunes without tokenizer files of their own share the base's vocabulary in memory.
-
-    Raises:
-        CheckpointError: a tokenizer is missing or damaged.
     """
-    base_dir = Path(models[0].path)
-    base = load_tokenizer(models[0].name, [base_dir])
-    loaded = {models[0].name: _model_tokenizer(base, [base_dir])}
-    for model in models[1:]:
-        own_dir = Path(model.path)
-        own = base
-        if has_own_tokenizer(own_dir):
-            own = load_tokenizer(model.name, [own_dir, base_dir])
-        loaded[model.name] = _model_tokenizer(own, [own_dir, base_dir])
-    return loaded
+
+    def __init__(self, models: Sequence[ModelInfo]) -> None:
+        """``models``: the base first. Raises CheckpointError: one is missing or damaged."""
+        base, *deltas = models
+        self._base_dir = Path(base.path)
+        self._base = load_tokenizer(base.name, [self._base_dir])
+        own = _model_tokenizer(self._base, [self._base_dir])
+        self._loaded = {(base.name, base.digest): own}
+        for info in deltas:
+            self.load(info.name, info.path, info.digest)
+
+    def of(self, info: ModelInfo) -> ModelTokenizer | None:
+        """Of a version; None for one that nobody got ready for, as when its files have changed."""
+        return self._loaded.get((info.name, info.digest))
+
+    def load(self, name: str, path: str, digest: str | None) -> None:
+        """Get ready for a version. Raises CheckpointError."""
+        directory, tokenizer = Path(path), self._base
+        if has_own_tokenizer(directory):
+            tokenizer = load_tokenizer(name, [directory, self._base_dir])
+        self._loaded[name, digest] = _model_tokenizer(tokenizer, [directory, self._base_dir])
+
+    def forget(self, name: str, but: str | None = None) -> None:
+        """All versions of a model, except the one with this digest."""
+        for key in [key for key in self._loaded if key[0] == name and key[1] != but]:
+            self._loaded.pop(key, None)
 
 
 def _model_tokenizer(

@@ -95,7 +95,7 @@ class FakeEngine:
         self.aborted.append(request_id)
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        return EngineStats(*[0] * 11)
 
     def alive(self) -> bool:
         return not self.dead

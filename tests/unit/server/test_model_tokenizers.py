@@ -10,14 +10,16 @@ from tiny_tokenizer import byte_level_tokenizer
 
 from deltaserve.engine.types import ModelInfo
 from deltaserve.errors import CheckpointError
-from deltaserve.server.tokenizers import ModelTokenizer, load_tokenizers
+from deltaserve.server.tokenizers import ModelTokenizer, Tokenizers
 
 CHAT = [{"role": "user", "content": "x"}]
 
 
 def load(base: Path, own: Path) -> ModelTokenizer:
     models = [ModelInfo("base", str(base), None, None), ModelInfo("own", str(own), "base", "d")]
-    return load_tokenizers(models)["own"]
+    tokenizer = Tokenizers(models).of(models[1])
+    assert tokenizer is not None
+    return tokenizer
 
 
 @pytest.fixture

@@ -30,6 +30,12 @@ def test_with_a_key_any_address_will_do():
         pass
 
 
+def test_with_tenants_any_address_will_do():
+    config = ServerConfig(ENGINE, host="0.0.0.0", port=0, tenants="t.yaml", state_dir="s")
+    with bind(config):
+        pass
+
+
 def test_a_port_in_use():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

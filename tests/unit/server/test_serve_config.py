@@ -63,6 +63,41 @@ def test_durations_may_be_whole_numbers(tmp_path):
     assert (config.engine.max_wait_s, config.engine.slo_tpot_ms) == (60, 12.5)
 
 
+def test_management_in_a_file(tmp_path):
+    text = (
+        "base: org/m\nadmin-key: s3cr3t\ntenants: tenants.yaml\nstate-dir: state\n"
+        "delta-roots: [deltas, /abs]\n"
+    )
+    config = config_of(tmp_path, text)
+    assert config.admin_key_sha256 == hash_key("s3cr3t")
+    assert config.managed
+    assert config.tenants == str(tmp_path / "tenants.yaml")
+    assert config.state_dir == str(tmp_path / "state")
+    assert config.delta_roots == (str(tmp_path / "deltas"), "/abs")
+    assert "s3cr3t" not in repr(config)
+    flags = load_config({"base": "m", "admin_key": "x", "state_dir": "s", "delta_roots": ["d"]})
+    assert flags.delta_roots == ("d",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("admin-key: x", "need state_dir"),
+        ("tenants: t.yaml", "need state_dir"),
+        ("state-dir: s", "no use without"),
+        ("delta-roots: [a]", "no use without admin_key"),
+        ("delta-roots: a\nadmin-key: x\nstate-dir: s", "must be a list"),
+        ("delta-roots: [5]\nadmin-key: x\nstate-dir: s", "must be a list"),
+        ("admin-key: 'a b'\nstate-dir: s", "visible ASCII"),
+        ("admin-key: a\napi-key: b\nstate-dir: s", "make a tenant for it"),
+        ("tenants: 5\nstate-dir: s", "tenants is 5, but must be text"),
+    ],
+)
+def test_management_that_makes_no_sense(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(tmp_path, f"base: m\n{text}\n")
+
+
 def test_the_example_is_valid():
     config = load_config({}, ROOT / "configs" / "serve.yaml")
     assert config.engine.served_model_name == "base"

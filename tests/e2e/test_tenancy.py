@@ -1,0 +1,312 @@
+"""``deltaserve serve`` for customers: deltas come and go while it serves, and nothing is forgotten.
+
+One server for all tests, in their order; it is killed and started again on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from deltaserve.compress.plan import make_plan
+from deltaserve.compress.run import compress
+from deltaserve.demo.tokenizer import build_tokenizer
+from deltaserve.tenancy.keys import digest
+from tests.families import COMMON, make_fine_tune
+
+ADMIN, ACME, GLOBEX = "admin-secret", "sk-acme", "sk-globex"
+TENANTS = {
+    "tenants": [
+        {"id": "acme", "models": ["acme/*", "base"], "keys": [{"sha256": digest(ACME)}]},
+        {"id": "globex", "models": ["globex/*"], "keys": [{"sha256": digest(GLOBEX)}]},
+    ]
+}
+PROMPT = "reverse: abc"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, and in deltas/ three of it, a damaged one, and one of another base."""
+    root = tmp_path_factory.mktemp("tenancy")
+    tokenizer = build_tokenizer()
+    config = AutoConfig.for_model("llama", **{**COMMON, "vocab_size": len(tokenizer)})
+    for seed, name in enumerate(("base", "other-base")):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    for seed, name in enumerate(("one", "two", "three"), start=1):
+        make_fine_tune(root / "base", root / name, seed=seed)
+        compress(root / "base", root / name, root / "deltas" / name, make_plan(codec="raw"))
+    make_fine_tune(root / "other-base", root / "foreign", seed=9)
+    compress(root / "other-base", root / "foreign", root / "deltas/foreign", make_plan(codec="raw"))
+    shutil.copytree(root / "deltas/three", root / "deltas/damaged")
+    weights = root / "deltas/damaged/delta.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64] + b"\x01" * 64)
+    (root / "tenants.yaml").write_text(json.dumps(TENANTS))
+    return root
+
+
+class Serving:
+    def __init__(self, files: Path) -> None:
+        self.files = files
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "deltaserve", "serve", str(self.files / "base")]
+        command += ["--port", "0", "--device", "cpu", "--kv-cache-memory-bytes", str(1 << 24)]
+        command += ["--tenants", str(self.files / "tenants.yaml")]
+        command += ["--state-dir", str(self.files / "state")]
+        command += ["--delta-root", str(self.files / "deltas")]
+        environment = {**os.environ, "DELTASERVE_ADMIN_KEY": ADMIN}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if ready := re.match(r"DeltaServe ready at (http://\S+)", line):
+                self.url = ready[1]
+                return
+        raise AssertionError(f"the server ended with {self.process.wait()}")
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def admin(self, method: str, path: str, status: int = 200, **more: object) -> dict:
+        headers = {"authorization": f"Bearer {ADMIN}"}
+        answer = httpx.request(method, self.url + path, headers=headers, timeout=60, **more)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    def client(self, key: str) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def answer(self, key: str, model: str) -> str:
+        with self.client(key) as client:
+            return (
+                client.completions.create(model=model, prompt=PROMPT, max_tokens=12, temperature=0)
+                .choices[0]
+                .text
+            )
+
+
+@pytest.fixture(scope="module")
+def serving(files: Path) -> Iterator[Serving]:
+    serving = Serving(files)
+    yield serving
+    if serving.process.poll() is None:
+        serving.process.terminate()
+        assert serving.process.wait(30) == 0
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, str]:
+    """What was answered by which delta, so that later tests can tell which one answers."""
+    return {}
+
+
+def test_a_delta_is_published_while_others_decode(serving, answers):
+    answers["base"] = serving.answer(ACME, "base")
+    times: list[float] = []
+
+    def stream() -> None:
+        with serving.client(ACME) as client:
+            for _ in client.completions.create(
+                model="base", prompt="x", max_tokens=230, stream=True,
+                extra_body={"ignore_eos": True},
+            ):  # fmt: skip
+                times.append(time.monotonic())
+
+    reader = threading.Thread(target=stream)
+    reader.start()
+    while not times:
+        time.sleep(0.001)
+    began = time.monotonic()
+    shown = serving.admin("POST", "/v1/deltas", json={"name": "acme/chat", "path": "one"})
+    ended = time.monotonic()
+    reader.join()
+    assert (shown["version"], shown["state"], shown["pinned"]) == (1, "ready", False)
+    assert any(began < at < ended for at in times)
+    answers["one"] = serving.answer(ACME, "acme/chat")
+    assert answers["one"] != answers["base"]
+
+
+def test_nobody_else_sees_it(serving):
+    with serving.client(GLOBEX) as client:
+        assert list(client.models.list()) == []
+        for model in ("acme/chat", "base"):
+            with pytest.raises(openai.NotFoundError, match="does not exist"):
+                client.completions.create(model=model, prompt="x")
+
+
+def test_a_new_version_takes_over_and_is_rolled_back(serving, answers):
+    second = {"name": "acme/chat", "path": str(serving.files / "deltas/two"), "pinned": True}
+    shown = serving.admin("POST", "/v1/deltas", json=second)
+    assert (shown["version"], shown["pinned"]) == (2, True)
+    answers["two"] = serving.answer(ACME, "acme/chat")
+    assert answers["two"] != answers["one"]
+    assert serving.admin("POST", "/v1/deltas/acme/chat/rollback", json={})["version"] == 1
+    assert serving.answer(ACME, "acme/chat") == answers["one"]
+    serving.admin("POST", "/v1/deltas/acme/chat/rollback", 409, json={})
+    activated = serving.admin("POST", "/v1/deltas", json={"name": "acme/chat", "version": 2})
+    assert activated["version"] == 2
+    assert serving.answer(ACME, "acme/chat") == answers["two"]
+    again = serving.admin("POST", "/v1/deltas", json=second)  # the same content
+    assert [version["version"] for version in again["versions"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("damaged", "damaged"),
+        ("foreign", "was made for the base"),
+        ("../base", "no directory inside"),
+        ("/etc", "no directory inside"),
+        ("absent", "no directory inside"),
+        (".", "is not a delta"),
+        ("s3://bucket/x", "cannot be fetched from s3"),
+    ],
+)
+def test_what_cannot_be_loaded_changes_nothing(serving, answers, path, message):
+    for name in ("acme/chat", "acme/new"):
+        error = serving.admin("POST", "/v1/deltas", 400, json={"name": name, "path": path})
+        assert message in error["error"]["message"]
+    assert serving.answer(ACME, "acme/chat") == answers["two"]
+    with serving.client(ACME) as client:
+        assert [model.id for model in client.models.list()] == ["base", "acme/chat"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"name": "acme/x"}, "path"),
+        ({"name": "acme/x", "path": "one", "version": 1}, "path"),
+        ({"name": "acme/x", "path": "one", "digest": "sha256:0"}, "digest"),
+        ({"name": "acme/chat", "version": 1, "digest": "sha256:0"}, "digest"),
+        ({"name": "base", "path": "one"}, "path"),
+        ({"name": "no spaces", "path": "one"}, "path"),
+        ({"name": "acme/x", "path": "one", "pinned": "yes"}, "pinned"),
+        ({"name": "acme/x", "path": "one", "color": 1}, "color"),
+        ({"path": "one"}, "name"),
+    ],
+)
+def test_wrong_publications(serving, body, param):
+    error = serving.admin("POST", "/v1/deltas", 400, json=body)
+    assert error["error"]["param"] == param
+
+
+def test_pins_and_questions(serving):
+    assert serving.admin("PATCH", "/v1/deltas/acme/chat", json={"pinned": False})["pinned"] is False
+    serving.admin("PATCH", "/v1/deltas/acme/none", 404, json={"pinned": True})
+    serving.admin("GET", "/v1/deltas/acme/none", 404)
+    shown = serving.admin("GET", "/v1/deltas/acme/chat")
+    assert shown["bytes"]["resident"] > 0
+    versions = {v["path"]: v["state"] for v in shown["versions"]}
+    assert versions == {
+        "one": "ready", str(serving.files / "deltas/two"): "ready", "damaged": "failed",
+    }  # fmt: skip
+
+
+def test_vllms_names(serving):
+    load = {"lora_name": "globex/a", "lora_path": str(serving.files / "deltas/three")}
+    headers = {"authorization": f"Bearer {ADMIN}"}
+
+    def post(path: str, body: dict) -> httpx.Response:
+        return httpx.post(f"{serving.url}/v1/{path}", json=body, headers=headers, timeout=60)
+
+    assert "added successfully" in post("load_lora_adapter", load).text
+    assert post("load_lora_adapter", load).status_code == 400  # already
+    assert post("load_lora_adapter", load | {"load_inplace": True}).status_code == 200
+    assert serving.answer(GLOBEX, "globex/a")
+    assert "removed successfully" in post("unload_lora_adapter", {"lora_name": "globex/a"}).text
+    assert post("unload_lora_adapter", {"lora_name": "globex/a"}).status_code == 404
+    with pytest.raises(openai.NotFoundError):
+        serving.answer(GLOBEX, "globex/a")
+
+
+def test_unloading_returns_when_its_requests_have_ended_and_its_memory_is_free(serving):
+    serving.admin("POST", "/v1/deltas", json={"name": "globex/b", "path": "three"})
+    before = serving.admin("GET", "/v1/stats")["residency"]["device_deltas"]
+    with serving.client(GLOBEX) as client:
+        stream = client.completions.create(
+            model="globex/b", prompt="x", max_tokens=200, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        chunks = iter(stream)
+        next(chunks)
+        gone = serving.admin("DELETE", "/v1/deltas/globex/b")
+        assert gone["deleted"] is True
+        assert serving.admin("GET", "/v1/stats")["residency"]["device_deltas"] == before - 1
+        assert list(chunks)[-1].choices[0].finish_reason == "length"
+
+
+def test_kill_9_loses_no_answered_request_and_forgets_no_delta(serving, answers):
+    answered: list[str] = []
+
+    def ask() -> None:
+        with serving.client(ACME) as client:
+            while True:
+                try:
+                    raw = client.completions.with_raw_response.create(
+                        model="acme/chat", prompt=PROMPT, max_tokens=3
+                    )
+                except openai.OpenAIError:
+                    return
+                answered.append(raw.headers["x-request-id"])
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    while len(answered) < 60 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    serving.kill()
+    for thread in threads:
+        thread.join()
+    with closing(sqlite3.connect(serving.files / "state/accounts.sqlite")) as connection:
+        kept = {row[0] for row in connection.execute("SELECT request_id FROM usage")}
+    assert len(answered) >= 60
+    assert set(answered) <= kept
+
+    serving.start()
+    assert serving.answer(ACME, "acme/chat") == answers["two"]
+    assert serving.admin("GET", "/v1/deltas/acme/chat")["version"] == 2
+    assert serving.admin("POST", "/v1/deltas/acme/chat/rollback", json={})["version"] == 1
+    assert serving.answer(ACME, "acme/chat") == answers["one"]
+    sums = serving.admin("GET", "/v1/usage?group_by=tenant&tenant=acme")["data"]
+    assert sums[0]["requests"] >= len(answered)
+
+
+def test_a_delta_that_is_gone_does_not_keep_the_others_from_being_served(serving, answers):
+    serving.admin("POST", "/v1/deltas", json={"name": "acme/third", "path": "three"})
+    serving.process.terminate()
+    assert serving.process.wait(30) == 0
+    (serving.files / "deltas/three").rename(serving.files / "deltas/moved")
+    serving.start()
+    assert serving.answer(ACME, "acme/chat") == answers["one"]
+    shown = serving.admin("GET", "/v1/deltas/acme/third")
+    assert (shown["state"], shown["versions"][0]["state"]) == ("not served", "failed")
+    mended = serving.admin("POST", "/v1/deltas", json={"name": "acme/third", "path": "moved"})
+    assert (mended["version"], mended["state"]) == (1, "ready")
+
+
+def test_the_audit_remembers_all_of_it(serving):
+    actions = [line["action"] for line in serving.admin("GET", "/v1/audit")["data"]]
+    assert actions[0] == "publish_delta"
+    assert {"roll_back_delta", "change_delta", "delete_delta"} <= set(actions)
