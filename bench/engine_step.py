@@ -22,6 +22,7 @@ from deltaserve.bench.peer_models import VOCAB, PeerModels, build
 from deltaserve.bench.record import record
 from deltaserve.config import DeltaSource, EngineConfig
 from deltaserve.engine.core import Engine
+from deltaserve.engine.routing import Routing
 from deltaserve.engine.runner import StepInput
 from deltaserve.engine.types import EngineRequest, SamplingParams
 
@@ -70,17 +71,24 @@ def _config(models: PeerModels, rows: int, merge: int) -> EngineConfig:
 
 
 def _cost(engine: Engine, deltas: str, served: Sequence[str], rows: int, tokens: int) -> StepCost:
-    forward, inside = engine.runner.forward, []
+    runner, inside = engine.runner, []
+    forward, logits = runner.forward, runner.logits
 
-    def timed(inputs: StepInput) -> torch.Tensor:
+    def timed_forward(inputs: StepInput) -> torch.Tensor:
         start = time.perf_counter()
-        logits = forward(inputs)
+        hidden = forward(inputs)
         inside.append(time.perf_counter() - start)
-        return logits
+        return hidden
 
-    engine.runner.forward = timed  # type: ignore[method-assign]
+    def timed_logits(hidden_SD: torch.Tensor, routing: Routing) -> torch.Tensor:
+        start = time.perf_counter()
+        found = logits(hidden_SD, routing)
+        inside[-1] += time.perf_counter() - start
+        return found
+
+    runner.forward, runner.logits = timed_forward, timed_logits  # type: ignore[method-assign]
     steps = _decode(engine, served, rows, tokens)
-    engine.runner.forward = forward  # type: ignore[method-assign]
+    runner.forward, runner.logits = forward, logits  # type: ignore[method-assign]
     return StepCost(
         deltas,
         len(served),

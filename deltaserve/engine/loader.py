@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from deltaserve.artifact.memory import OpenFile, open_file
 from deltaserve.artifact.reader import Delta
 from deltaserve.engine.versions import DeltaVersion
@@ -139,7 +141,13 @@ class Reader:
 
 
 def _step_back() -> None:
-    """Lower this thread's priority, where threads have one of their own (Linux)."""
+    """Lower this thread's priority, where threads have one of their own (Linux), and let torch
+    compute in it alone.
+
+    With more threads than cores OpenMP spins hardly any more between operations, for good: teams
+    of the loading threads made each step of the engine 1.6 times as long.
+    """
+    torch.set_num_threads(1)
     if hasattr(os, "setpriority"):
         own = os.getpriority(os.PRIO_PROCESS, 0)
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(own + NICENESS, 19))

@@ -6,6 +6,8 @@ import logging
 import threading
 from collections import deque
 
+import torch
+
 from deltaserve.config import EngineConfig
 from deltaserve.engine.core import Engine
 from deltaserve.engine.frontend import CLOSED, Frontend
@@ -24,6 +26,7 @@ class LocalClient(Frontend):
         self._commands: deque[Command] = deque()
         self._wake = threading.Condition()
         self._ready = threading.Event()
+        self._num_threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="deltaserve-engine", daemon=True)
         self._thread.start()
         self._ready.wait()
@@ -39,6 +42,8 @@ class LocalClient(Frontend):
         self._thread.join()
 
     def _run(self) -> None:
+        # A new thread would take over what the loading threads have set for themselves.
+        torch.set_num_threads(self._num_threads)
         try:
             EngineLoop(self._engine, self._receive, self._take).run()
         except BaseException as error:  # whatever it was, nobody may wait for ever
