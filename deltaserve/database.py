@@ -67,8 +67,10 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 
 
 def _migrate(connection: sqlite3.Connection, path: Path, migrations: Migrations) -> None:
+    if _version(connection) == len(migrations):  # the usual case, which needs no lock
+        return
     with transaction(connection):
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        version = _version(connection)
         if version > len(migrations):
             raise ConfigError(
                 f"{path} was written by a newer DeltaServe (schema {version}, this one knows "
@@ -78,3 +80,8 @@ def _migrate(connection: sqlite3.Connection, path: Path, migrations: Migrations)
             for statement in statements:
                 connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {len(migrations)}")
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    return int(version)

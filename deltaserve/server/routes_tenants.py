@@ -26,7 +26,7 @@ def tenants_router(accounts: Accounts) -> APIRouter:
 
     def tenant_card(tenant: Tenant) -> dict[str, Any]:
         source = "file" if accounts.is_from_file(tenant) else "api"
-        return {"object": "tenant", **tenant.model_dump(), "source": source}
+        return {"object": "tenant", "id": tenant.id, **tenant.model_dump(), "source": source}
 
     def key_card(key: Key) -> dict[str, Any]:
         return {
