@@ -193,7 +193,7 @@ def _check_names(base: str, deltas: list[str]) -> None:
 
 def _read_file(file: Path) -> dict[str, Any]:
     """The knobs of a YAML file; relative paths in it start at the file."""
-    content = _read_yaml(file)
+    content = read_yaml(file)
     known = _knobs().keys() - {"deltas"}
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -227,7 +227,8 @@ def _file_deltas(file: Path, value: Any) -> tuple[DeltaSource, ...]:
     return tuple(DeltaSource(d.name, str(file.parent / d.path)) for d in deltas)
 
 
-def _read_yaml(file: Path) -> dict[Any, Any]:
+def read_yaml(file: Path) -> dict[Any, Any]:
+    """A mapping, in which no key is given twice. Raises ConfigError."""
     import yaml  # only here: the engine runs where PyYAML is missing
 
     class Loader(yaml.SafeLoader):
