@@ -76,28 +76,29 @@ class Poisson:
 
 @dataclass(frozen=True)
 class OnOff:
-    """Poisson arrivals: ``on`` seconds at ``rate``, ``off`` seconds at ``off_rate``, and again."""
+    """Poisson arrivals: ``busy`` seconds at ``rate``, ``quiet`` ones at ``quiet_rate``, and again.
+    (Not "on" and "off", which YAML takes for true and false.)"""
 
     kind: ClassVar[str] = "on_off"
     rate: float
-    on: float
-    off: float
-    off_rate: float = 0.0
+    busy: float
+    quiet: float
+    quiet_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        positive(rate=self.rate, on=self.on, off=self.off)
-        not_negative(off_rate=self.off_rate)
+        positive(rate=self.rate, busy=self.busy, quiet=self.quiet)
+        not_negative(quiet_rate=self.quiet_rate)
 
     def rows(self, rng: np.random.Generator) -> Iterator[Row]:
         return _poisson(rng, self._time)
 
     def _time(self, area: float) -> float:
-        busy = self.rate * self.on
-        periods, rest = divmod(area, busy + self.off_rate * self.off)
-        start = periods * (self.on + self.off)
-        if rest <= busy:
+        many = self.rate * self.busy
+        periods, rest = divmod(area, many + self.quiet_rate * self.quiet)
+        start = periods * (self.busy + self.quiet)
+        if rest <= many:
             return start + rest / self.rate
-        return start + self.on + (rest - busy) / self.off_rate
+        return start + self.busy + (rest - many) / self.quiet_rate
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,14 +122,15 @@ class LoadTest:
         runner = Runner(
             self._client, self._workload, self._keys, lambda run: self._on_progress(name, run)
         )
+        renderer = dataclasses.replace(self._renderer, salt=name)
         streams = {
-            tenant: sessions(tenant, self._workload, self._served[tenant.name], self._renderer)
+            tenant: sessions(tenant, self._workload, self._served[tenant.name], renderer)
             for tenant in tenants
         }
         first = self._workload.tenants[0].name
         probes = None
         if self._workload.probes is not None:
-            probes = probe_sessions(self._workload, self._served[first], self._renderer)
+            probes = probe_sessions(self._workload, self._served[first], renderer)
         self._series = Series()
         scraper = Scraper(
             self._http, self._target.url, self._keys[first], self._workload.scrape, self._target.pid

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deltaserve.bench.load.records import Record
-from deltaserve.bench.load.statistics import by
+from deltaserve.bench.load.summary import by
 
 GRID = 500
 """Moments at which service is compared."""

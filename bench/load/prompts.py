@@ -25,20 +25,25 @@ class Renderer:
     tokens_per_word: float = 1.0
     overhead: float = 0.0
     token_ids: tuple[int, int] | None = None
+    salt: str = ""
+    """Other salts give other texts: a second run must not find the first one's in a cache."""
 
     def prompt(self, segments: Sequence[Segment]) -> str | list[int]:
         """A text, or token ids, of the segments one after the other."""
         if self.token_ids is not None:
             ids = range(*self.token_ids)
-            parts = (random.Random(seed).choices(ids, k=count) for seed, count in segments)
+            parts = (self._random(seed).choices(ids, k=count) for seed, count in segments)
             return list(itertools.chain.from_iterable(parts))
         words: list[str] = []
         wanted = -self.overhead
         for seed, count in segments:
             wanted += count
             missing = round(wanted / self.tokens_per_word) - len(words)
-            words += random.Random(seed).choices(WORDS, k=max(0, missing))
+            words += self._random(seed).choices(WORDS, k=max(0, missing))
         return " ".join(words) or WORDS[0]
+
+    def _random(self, seed: str) -> random.Random:
+        return random.Random(f"{self.salt} {seed}")
 
     @classmethod
     def calibrated(cls, short: tuple[int, int], long: tuple[int, int]) -> Renderer:

@@ -14,7 +14,7 @@ from deltaserve.bench.load import scrape
 from deltaserve.bench.load.fairness import fairness, slowdown
 from deltaserve.bench.load.records import Record
 from deltaserve.bench.load.runner import Run
-from deltaserve.bench.load.statistics import by, distribution, summarise
+from deltaserve.bench.load.summary import by, distribution, summarise
 from deltaserve.bench.load.workload import Threshold, Workload
 from deltaserve.bench.record import machine
 from deltaserve.errors import ConfigError

@@ -23,6 +23,9 @@ WARMUP_WORDS = 8
 WARMUP_TOKENS = 4
 WARMUP_AT_ONCE = 8
 LOOK_SECONDS = 10.0
+BUSY = (429, 503)
+BUSY_RETRIES = 4
+BUSY_SECONDS = 0.25
 
 
 class TargetError(DeltaServeError):
@@ -119,7 +122,10 @@ async def warm_up(client: Client, renderer: Renderer, asked: Sequence[tuple[str,
             await _ask(client, model, as_prompt(text, client.workload), WARMUP_TOKENS, key)
 
     numbers = range(client.workload.warmup)
-    await asyncio.gather(*(one(model, key, n) for n in numbers for model, key in asked))
+    work = [one(model, key, number) for number in numbers for model, key in asked]
+    for result in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
 
 
 def as_prompt(text: str | list[int], workload: Workload) -> Prompt:
@@ -130,8 +136,16 @@ def as_prompt(text: str | list[int], workload: Workload) -> Prompt:
 
 
 async def _ask(client: Client, model: str, prompt: Prompt, tokens: int, key: str) -> Record:
-    now = client.clock()
-    record, _ = await client.ask(Record("", model, now, now, now, Outcome.OK), prompt, tokens, key)
+    """A request that must be answered. One that is told to come later does, a few times."""
+    for attempt in range(BUSY_RETRIES + 1):
+        now = client.clock()
+        record = Record("", model, now, now, now, Outcome.OK)
+        record, _ = await client.ask(record, prompt, tokens, key)
+        if record.outcome is Outcome.UNFINISHED:
+            raise asyncio.CancelledError
+        if record.status not in BUSY:
+            break
+        await asyncio.sleep(BUSY_SECONDS * 2**attempt)
     if not record.ok:
         hint = ""
         if record.status == 400 and client.workload.ignore_eos:

@@ -188,7 +188,7 @@ def test_on_off_and_closed_tenants_live_side_by_side():
         {
             "tenants": [
                 {"name": "a", "arrivals": {"kind": "closed", "concurrency": 3}},
-                {"name": "b", "arrivals": {"kind": "on_off", "rate": 5, "on": 1, "off": 1}},
+                {"name": "b", "arrivals": {"kind": "on_off", "rate": 5, "busy": 1, "quiet": 1}},
             ]
         }
     )
