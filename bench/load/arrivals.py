@@ -184,15 +184,17 @@ class Synthetic:
 
 @dataclass(frozen=True)
 class Closed:
-    """A closed loop: ``concurrency`` users who ask again ``think`` seconds after an answer."""
+    """A closed loop: ``concurrency`` users who ask again ``think`` seconds after an answer. They
+    come one after the other in the first ``ramp`` seconds."""
 
     kind: ClassVar[str] = "closed"
     concurrency: int
     think: float = 0.0
+    ramp: float = 0.0
 
     def __post_init__(self) -> None:
         positive(concurrency=self.concurrency)
-        not_negative(think=self.think)
+        not_negative(think=self.think, ramp=self.ramp)
 
     def rows(self, rng: np.random.Generator) -> Iterator[Row]:
         """Without times: an answer decides when the next is sent."""

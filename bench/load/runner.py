@@ -121,7 +121,11 @@ class Runner:
         loop = tenant.arrivals
         if not isinstance(loop, Closed):
             return [self._feed(sessions)]
-        return [self._be_user(tenant, loop, sessions) for _ in range(loop.concurrency)]
+        gap = loop.ramp / loop.concurrency
+        return [
+            self._be_user(tenant, loop, sessions, tenant.start + number * gap)
+            for number in range(loop.concurrency)
+        ]
 
     async def _feed(self, sessions: Iterator[Session]) -> None:
         """An open loop: each session is made while the one before it is on its way."""
@@ -132,9 +136,11 @@ class Runner:
             name = "probe" if session.probe else "load"
             self._start(self._converse(session), name)
 
-    async def _be_user(self, tenant: Tenant, loop: Closed, sessions: Iterator[Session]) -> None:
+    async def _be_user(
+        self, tenant: Tenant, loop: Closed, sessions: Iterator[Session], begin: float
+    ) -> None:
         """One user of a closed loop; all users of a tenant share its sessions."""
-        await self._until(tenant.start)
+        await self._until(begin)
         end = tenant.start + (tenant.duration or float("inf"))
         for session in sessions:
             if self.clock() >= end or not self._claim(session):

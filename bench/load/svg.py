@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 COLOURS = 8
@@ -115,9 +115,7 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def span(values: Sequence[float], *, low: float | None = 0.0) -> tuple[float, float]:
-    """A range that holds all values, with a little room above."""
-    finite = [value for value in values if math.isfinite(value)]
-    begin = min(finite, default=0.0) if low is None else low
-    end = max(finite, default=1.0)
-    return begin, end + 0.05 * (end - begin) if end > begin else begin + 1.0
+def span(values: Iterable[float]) -> tuple[float, float]:
+    """From 0 to a little above all values."""
+    highest = max(values, default=0.0)
+    return 0.0, 1.05 * highest if highest > 0 else 1.0

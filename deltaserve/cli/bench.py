@@ -103,7 +103,7 @@ def serve(
     save_detailed: Detailed = False,
 ) -> int:
     """Run one workload on one server: latencies, throughput, fairness, pass or fail."""
-    flags = {"requests": requests, "duration": duration, "max_time": max_time}
+    flags: dict[str, Any] = {"requests": requests, "duration": duration, "max_time": max_time}
     flags |= {"max_requests": max_requests, "seed": seed, "arrivals": _arrivals(rate, closed)}
     content = read_workload(workload) if workload else {}
     for key, value in flags.items():

@@ -147,3 +147,12 @@ def test_the_servers_own_numbers_are_recorded():
     assert series["stats.residency.hits"]["last"] == 3
     assert not any("bucket" in name for name in series)
     assert len(server["over_time"]["seconds"]) >= 3
+
+
+def test_users_of_a_closed_loop_come_one_after_the_other_and_think():
+    loop = {"kind": "closed", "concurrency": 4, "ramp": 0.4, "think": 0.2}
+    requests = run(Behaviour(), arrivals=loop, duration=1.0, output=1)["requests"]
+    sent = requests["sent"]
+    assert [round(each, 1) for each in sent[:2]] == [0.0, 0.1]
+    # 4 users, each about every 0.2 s for what is left of the second.
+    assert 8 <= len(sent) <= 18
