@@ -113,7 +113,10 @@ class Client:
             ) as response:
                 status = response.status
                 if status != 200:
-                    return status, error_message(await response.text()), Outcome.HTTP
+                    message = error_message(await response.text())
+                    if status >= 500:
+                        response.close()  # or the next request meets a closing connection
+                    return status, message, Outcome.HTTP
                 async for data in _events(response.content):
                     answer.take(json.loads(data), self.clock())
         except StreamError as error:

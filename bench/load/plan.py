@@ -92,11 +92,12 @@ def probe_sessions(
 
 
 def resolve_models(tenant: Tenant, served: Sequence[Served]) -> tuple[str, ...]:
-    """Names of the models that the tenant asks, most popular first. Raises ConfigError."""
+    """Names of the models that the tenant asks, most popular first; those that it names are
+    believed where the server lists none. Raises ConfigError."""
     names = tuple(model.name for model in served)
     deltas = tuple(model.name for model in served if model.parent is not None)
     if isinstance(tenant.models, tuple):
-        if missing := [name for name in tenant.models if name not in names]:
+        if names and (missing := [name for name in tenant.models if name not in names]):
             raise ConfigError(f"tenant {tenant.name!r}: the server has no model {missing[0]!r}")
         return tenant.models
     if isinstance(tenant.models, int):
@@ -108,6 +109,8 @@ def resolve_models(tenant: Tenant, served: Sequence[Served]) -> tuple[str, ...]:
             )
         return found[: tenant.models]
     found = names if tenant.models == "all" else deltas
+    if not names:
+        raise ConfigError(f"tenant {tenant.name!r}: the server lists no models, so name them")
     if not found:
         raise ConfigError(f"tenant {tenant.name!r} asks for deltas, the server has none")
     return found

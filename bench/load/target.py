@@ -24,6 +24,7 @@ WARMUP_TOKENS = 4
 WARMUP_AT_ONCE = 8
 LOOK_SECONDS = 10.0
 BUSY = (429, 503)
+UNKNOWN_FIELD = (400, 422)
 BUSY_RETRIES = 4
 BUSY_SECONDS = 0.25
 
@@ -55,7 +56,8 @@ def check_url(url: str, *, allow_remote: bool) -> str:
 
 
 async def look(http: aiohttp.ClientSession, url: str, key: str, who: str) -> list[Served]:
-    """What the server serves. Raises TargetError: unreachable, wrong key, no list."""
+    """What the server serves; nothing where it cannot tell, as ``transformers serve`` without a
+    cache of models. Raises TargetError: unreachable, or wrong key."""
     timeout = aiohttp.ClientTimeout(LOOK_SECONDS)
     try:
         async with http.get(
@@ -65,14 +67,15 @@ async def look(http: aiohttp.ClientSession, url: str, key: str, who: str) -> lis
                 said = error_message(await response.text())
                 raise TargetError(f"{url} refuses the key of {who}: {said}")
             if response.status != 200:
-                raise TargetError(f"{url}/v1/models answers with status {response.status}")
+                response.close()  # a server that failed may be about to close it too
+                return []
             models = (await response.json(content_type=None))["data"]
             return [Served(model["id"], model.get("parent")) for model in models]
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         reason = str(error) or type(error).__name__
         raise TargetError(f"no server answers at {url}: {reason}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise TargetError(f"{url}/v1/models does not list models: {error!r}") from error
+    except (ValueError, KeyError, TypeError):
+        return []
 
 
 async def version(http: aiohttp.ClientSession, url: str) -> str | None:
@@ -148,7 +151,7 @@ async def _ask(client: Client, model: str, prompt: Prompt, tokens: int, key: str
         await asyncio.sleep(BUSY_SECONDS * 2**attempt)
     if not record.ok:
         hint = ""
-        if record.status == 400 and client.workload.ignore_eos:
+        if record.status in UNKNOWN_FIELD and client.workload.ignore_eos:
             hint = " (if it does not know ignore_eos, set ignore_eos: false)"
         raise TargetError(
             f"a first request for {model} failed: {record.error}: {record.message}{hint}"

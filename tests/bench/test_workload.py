@@ -162,6 +162,13 @@ def test_which_models_are_asked():
         names(["gamma"])
 
 
+def test_models_are_believed_where_the_server_lists_none():
+    named = make_workload({"models": ["gamma"]}).tenants[0]
+    assert resolve_models(named, []) == ("gamma",)
+    with pytest.raises(ConfigError, match="lists no models, so name them"):
+        resolve_models(make_workload({}).tenants[0], [])
+
+
 @given(
     slope=st.floats(0.5, 6),
     overhead=st.integers(0, 30),
