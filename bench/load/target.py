@@ -139,14 +139,15 @@ def as_prompt(text: str | list[int], workload: Workload) -> Prompt:
 
 
 async def _ask(client: Client, model: str, prompt: Prompt, tokens: int, key: str) -> Record:
-    """A request that must be answered. One that is told to come later does, a few times."""
+    """A request that must be answered: tried again a few times if it is told to come later, or
+    if the connection broke, which hides why it was refused."""
     for attempt in range(BUSY_RETRIES + 1):
         now = client.clock()
         record = Record("", model, now, now, now, Outcome.OK)
         record, _ = await client.ask(record, prompt, tokens, key)
         if record.outcome is Outcome.UNFINISHED:
             raise asyncio.CancelledError
-        if record.status not in BUSY:
+        if record.status not in BUSY and record.outcome is not Outcome.DISCONNECTED:
             break
         await asyncio.sleep(BUSY_SECONDS * 2**attempt)
     if not record.ok:
