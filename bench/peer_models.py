@@ -31,11 +31,11 @@ class PeerModels:
     deltas: tuple[Path, ...]
 
 
-def build(root: Path, count: int) -> PeerModels:
-    """Make what is missing below ``root``."""
+def build(root: Path, count: int, *, hidden: int = 512, layers: int = 8) -> PeerModels:
+    """Make what is missing below ``root``. hidden, layers: of the model, see the module."""
     base = root / "base"
     if not (base / "tokenizer.json").is_file():
-        _save_base(base)
+        _save_base(base, hidden, layers)
     tunes = tuple(root / f"tune{i}" for i in range(count))
     deltas = tuple(root / f"tune{i}.delta" for i in range(count))
     for seed, (tune, delta) in enumerate(zip(tunes, deltas, strict=True)):
@@ -51,14 +51,14 @@ def prompt(index: int, num_words: int = 64) -> str:
     return " ".join(f"w{(index * 997 + i * 31) % VOCAB}" for i in range(num_words))
 
 
-def _save_base(path: Path) -> None:
+def _save_base(path: Path, hidden: int, layers: int) -> None:
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,

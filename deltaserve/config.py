@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -20,8 +21,11 @@ from deltaserve.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
+SERVER_KNOBS = ("host", "port", "engine_process", "engine_hang_s", "drain_timeout_s")
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+SchedulingPolicy = Literal["fcfs", "priority", "vtc"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +61,58 @@ class EngineConfig:
     """Memory of the KV cache; None lets the engine choose."""
     enable_prefix_caching: bool = True
     """Requests of one model share what they have in common at the beginning."""
-    merge_memory_bytes: int = 0
-    """Memory for deltas whose projections are kept dense (base + delta): faster on a CPU."""
+    delta_memory_bytes: int | None = None
+    """Memory of the device for deltas; None lets the engine choose."""
+    host_memory_bytes: int | None = None
+    """Memory for deltas that are not on the device but shall need no disk; None: chosen."""
+    merge_memory_bytes: int | None = None
+    """Memory for deltas whose projections are kept dense (base + delta) as well: faster on a CPU
+    where many rows use one. None takes a quarter of what is free on a CPU, nothing on a GPU."""
+    deterministic: bool = False
+    """A request's logits and tokens are the same to the bit, whatever shares the batch. Slow."""
+
+    scheduling_policy: SchedulingPolicy = "vtc"
+    """"vtc": bands of priority, then the least served tenant, then age. "priority": without
+    tenants. "fcfs": age alone."""
+    max_queued_requests: int = 8192
+    """Requests that may wait; further ones are refused at once."""
+    max_queued_tokens: int | None = None
+    """Prompt tokens that may wait; None is no limit."""
+    slo_tpot_ms: float | None = None
+    """Milliseconds per output token: no more requests run together than keep it, by the bytes
+    that their step reads. None lets as many run as fit."""
+    max_wait_s: float = 300.0
+    """Seconds after which the oldest request of a tenant for a model goes before all others."""
+    share_prefixes_between_tenants: bool = False
+    """Tenants may use what was computed for others of the same model; hits can then be timed."""
 
     def __post_init__(self) -> None:
         if not self.base:
             raise ConfigError("no base model was given: name its directory or hub id")
         if not self.served_model_name:
             object.__setattr__(self, "served_model_name", Path(self.base).resolve().name)
-        for name in ("max_model_len", "max_num_seqs", "block_size", "kv_cache_memory_bytes"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "block_size",
+            "kv_cache_memory_bytes",
+            "max_queued_requests",
+            "max_queued_tokens",
+            "delta_memory_bytes",
+        ):
             _require_positive(name, getattr(self, name))
-        if self.merge_memory_bytes < 0:
-            raise ConfigError(
-                f"merge_memory_bytes is {self.merge_memory_bytes}, but must be 0 or more"
-            )
+        for name in ("slo_tpot_ms", "max_wait_s"):
+            _require_duration(name, getattr(self, name))
+        for name in ("host_memory_bytes", "merge_memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} is {value}, but must be 0 or more")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, but must be at least "
                 f"max_num_seqs ({self.max_num_seqs}): each running request needs one token a step"
             )
-        _check_names(self.served_model_name, [delta.name for delta in self.deltas])
+        check_names(self.served_model_name, [delta.name for delta in self.deltas])
 
 
 @dataclass(frozen=True)
@@ -87,6 +123,14 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     """0 picks a free one."""
+    engine_process: bool = True
+    """Run the engine in a process of its own, which is started again if it crashes; otherwise in
+    a thread of the server."""
+    engine_hang_s: float = 300.0
+    """An engine process that gives no sign of life for so long, with work to do, is replaced. A
+    step is one sign of life: make it longer than the longest step."""
+    drain_timeout_s: float = 10.0
+    """What requests in flight may still take when the server is told to stop."""
     api_key_sha256: bytes | None = field(default=None, repr=False)
     """Digest of the key that /v1 asks for (the knob ``api_key``); the key itself is not kept."""
 
@@ -95,6 +139,8 @@ class ServerConfig:
             raise ConfigError(f"port is {self.port}, but must be between 0 and 65535")
         if not self.host:
             raise ConfigError("host is empty: name an address, such as 127.0.0.1")
+        for name in ("engine_hang_s", "drain_timeout_s"):
+            _require_duration(name, getattr(self, name))
 
 
 def load_config(flags: Mapping[str, Any], file: Path | None = None) -> ServerConfig:
@@ -114,7 +160,7 @@ def load_config(flags: Mapping[str, Any], file: Path | None = None) -> ServerCon
     values.update(given)
     for name, value in values.items():
         _check_type(name, value)
-    server = {name: values.pop(name) for name in ("host", "port") if name in values}
+    server = {name: values.pop(name) for name in SERVER_KNOBS if name in values}
     key = values.pop("api_key", None)
     if "base" not in values:
         raise ConfigError("no base model was given: name its directory or hub id")
@@ -148,7 +194,7 @@ def _knobs() -> dict[str, Any]:
     """Name and type of every knob."""
     engine = get_type_hints(EngineConfig)
     server = get_type_hints(ServerConfig)
-    return engine | {"host": server["host"], "port": server["port"], "api_key": str}
+    return engine | {name: server[name] for name in SERVER_KNOBS} | {"api_key": str}
 
 
 def _check_type(name: str, value: Any) -> None:
@@ -159,8 +205,10 @@ def _check_type(name: str, value: Any) -> None:
             raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
         return
     kinds = [kind for kind in get_args(wanted) or (wanted,) if kind is not types.NoneType]
+    if float in kinds:  # 60 is as good as 60.0
+        kinds.append(int)
     if type(value) not in kinds:  # not isinstance: True is an int to Python, not to people
-        names = {int: "a whole number", str: "text", bool: "true or false"}
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
         raise ConfigError(f"{name} is {value!r}, but must be {names[kinds[0]]}")
 
 
@@ -169,13 +217,19 @@ def _require_positive(name: str, value: int | None) -> None:
         raise ConfigError(f"{name} is {value}, but must be at least 1")
 
 
+def _require_duration(name: str, value: float | None) -> None:
+    if value is not None and not 0 < value < math.inf:
+        raise ConfigError(f"{name} is {value}, but must be a number above 0")
+
+
 def _check_unique(names: list[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two deltas are called {name!r}: give each its own name")
 
 
-def _check_names(base: str, deltas: list[str]) -> None:
+def check_names(base: str, deltas: list[str]) -> None:
+    """Raises ConfigError for names that the API cannot use, and for one that is used twice."""
     for name in (base, *deltas):
         if not NAME.fullmatch(name):
             remedy = " (choose another with --served-model-name)" if name is base else ""

@@ -37,6 +37,10 @@ class UnsupportedModelError(DeltaServeError):
     """The engine does not know this architecture; the message lists those it does."""
 
 
+class SelectionError(DeltaServeError):
+    """A pool, graph, utility or budget is wrong, or a selection cannot go on."""
+
+
 class OutputExistsError(DeltaServeError):
     """The output directory exists and is not empty."""
 
@@ -51,6 +55,14 @@ class RequestError(DeltaServeError):
 
 class UnknownModelError(RequestError):
     """A request names a model that is not served (HTTP 404)."""
+
+
+class QueueFullError(RequestError):
+    """Too many requests wait already (HTTP 429). ``retry_after_s``: when there may be room."""
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int = 1) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
 
 
 class EngineDeadError(DeltaServeError):

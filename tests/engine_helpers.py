@@ -25,9 +25,13 @@ class Trace:
 
 
 def make_engine(base: Path, deltas: dict[str, Path], **knobs: object) -> Engine:
+    return Engine(engine_config(base, deltas, **knobs))
+
+
+def engine_config(base: Path, deltas: dict[str, Path], **knobs: object) -> EngineConfig:
     sources = tuple(DeltaSource(name, str(path)) for name, path in deltas.items())
     options = {"kv_cache_memory_bytes": 1 << 22, "served_model_name": BASE, **knobs}
-    return Engine(EngineConfig(base=str(base), deltas=sources, **options))  # type: ignore[arg-type]
+    return EngineConfig(base=str(base), deltas=sources, **options)  # type: ignore[arg-type]
 
 
 def run(engine: Engine, requests: list[EngineRequest]) -> Trace:
@@ -49,8 +53,12 @@ def _record_logits(engine: Engine, trace: Trace) -> None:
 
     def recording(plan: StepPlan, vocab_sizes: dict[int, int]) -> object:
         drawing = [row.seq for row in plan.rows if row.samples]
+        if not drawing:
+            return execute(plan, vocab_sizes)
         with torch.inference_mode():
-            logits = engine.runner.forward(engine.runner.prepare(plan))
+            inputs = engine.runner.prepare(plan)
+            hidden = engine.runner.forward(inputs)[inputs.last_S]
+            logits = engine.runner.logits(hidden, inputs.routing)
         for seq, row in zip(drawing, logits, strict=True):
             trace.logits[seq.request.request_id].append(row[: vocab_sizes[seq.slot]].clone())
         return execute(plan, vocab_sizes)

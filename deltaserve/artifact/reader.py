@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,21 @@ from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.artifact.digest import THREADS, tensor_digest
 from deltaserve.artifact.files import COMPANIONS
 from deltaserve.artifact.manifest import MANIFEST, Manifest, artifact_digest
+from deltaserve.artifact.memory import MemoryShards, OpenFile, open_file
 from deltaserve.artifact.shards import ShardSet
 from deltaserve.artifact.writer import STEM
 from deltaserve.errors import ArtifactError, BaseMismatchError, CodecError
 
 
 class Delta:
-    """An artifact on disk; tensors are memory-mapped and read when asked for."""
+    """An artifact; tensors are memory-mapped and read when asked for, or all in memory."""
 
     def __init__(
-        self, path: Path, manifest: Manifest, raw: dict[str, Any], shards: ShardSet
+        self,
+        path: Path,
+        manifest: Manifest,
+        raw: dict[str, Any],
+        shards: ShardSet | MemoryShards,
     ) -> None:
         self.path = path
         self.manifest = manifest
@@ -38,12 +44,31 @@ class Delta:
         Checks the manifest, and that the files hold exactly the parts it promises, in
         dtype and shape. Values are checked by ``encoded``, bytes by ``verify_digest``.
         """
-        path = Path(where).expanduser()
+        return cls._checked(Path(where), lambda files: ShardSet(files, ArtifactError))
+
+    @classmethod
+    def read(cls, where: str | os.PathLike[str], opener: OpenFile = open_file) -> Delta:
+        """The whole artifact in memory, its digest verified; the files may then change or go.
+
+        Raises ArtifactError like ``open`` and ``verify_digest``.
+        """
+        delta = cls._checked(Path(where), lambda files: MemoryShards(files, ArtifactError, opener))
+        delta.verify_digest()
+        return delta
+
+    @classmethod
+    def _checked(cls, where: Path, read: Callable[[list[Path]], ShardSet | MemoryShards]) -> Delta:
+        path = where.expanduser()
         raw = _read_manifest(path)
         manifest = Manifest.from_json(raw)
-        delta = cls(path, manifest, raw, ShardSet(_files(path), ArtifactError))
+        delta = cls(path, manifest, raw, read(_files(path)))
         delta._check_parts()
         return delta
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All stored parts."""
+        return [self._shards.tensor(name) for name in self._shards.names()]
 
     def names(self) -> list[str]:
         """Changed parameters, sorted."""

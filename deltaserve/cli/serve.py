@@ -36,6 +36,29 @@ ApiKey = Annotated[
         help="Key that clients must send. Prefer the variable: flags show in process lists.",
     ),
 ]
+EngineProcess = Annotated[
+    bool | None,
+    typer.Option(
+        "--engine-process/--no-engine-process",
+        help="Run the engine in a process of its own, and start it again if it crashes. "
+        "(default: on)",
+        show_default=False,
+    ),
+]
+EngineHang = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds without a sign of life after which a busy engine is replaced; longer than "
+        f"any step. (default: {ServerConfig.engine_hang_s:g})"
+    ),
+]
+DrainTimeout = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds that requests in flight may take once the server is told to stop. "
+        f"(default: {ServerConfig.drain_timeout_s:g})"
+    ),
+]
 Name = Annotated[
     str | None,
     typer.Option(help="Name of the base in the API. (default: last part of BASE)"),
@@ -71,11 +94,66 @@ PrefixCaching = Annotated[
         show_default=False,
     ),
 ]
+DeltaBytes = Annotated[
+    int | None,
+    typer.Option(help="Memory of the device for deltas. (default: chosen by the engine)"),
+]
+HostBytes = Annotated[
+    int | None,
+    typer.Option(
+        help="Memory for deltas that were read but do not fit on the device. "
+        "(default: chosen by the engine)"
+    ),
+]
 MergeBytes = Annotated[
     int | None,
     typer.Option(
-        help="Memory for deltas kept merged with the base: faster on a CPU, but each then takes "
-        f"a whole model's. (default: {EngineConfig.merge_memory_bytes}, all stay packed)"
+        help="Memory for deltas kept merged with the base as well: faster on a CPU, but each then "
+        "takes a whole model's. (default: on a CPU a quarter of what is free, for those that "
+        "traffic shows to be worth it; on a GPU none)"
+    ),
+]
+Deterministic = Annotated[
+    bool | None,
+    typer.Option(
+        "--deterministic/--no-deterministic",
+        help="Answers are the same to the bit, whatever shares the batch. Several times slower. "
+        "(default: off)",
+        show_default=False,
+    ),
+]
+
+Policy = Annotated[
+    str | None,
+    typer.Option(help=f"fcfs, priority or vtc. (default: {EngineConfig.scheduling_policy})"),
+]
+QueuedRequests = Annotated[
+    int | None,
+    typer.Option(
+        help="Requests that may wait; more are refused. "
+        f"(default: {EngineConfig.max_queued_requests})"
+    ),
+]
+QueuedTokens = Annotated[
+    int | None, typer.Option(help="Prompt tokens that may wait. (default: no limit)")
+]
+SloTpot = Annotated[
+    float | None,
+    typer.Option(help="Milliseconds per output token to be kept. (default: as many as fit run)"),
+]
+MaxWait = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds after which a tenant's oldest request goes first. "
+        f"(default: {EngineConfig.max_wait_s:g})"
+    ),
+]
+SharePrefixes = Annotated[
+    bool | None,
+    typer.Option(
+        "--share-prefixes-between-tenants/--no-share-prefixes-between-tenants",
+        help="Tenants may use what was computed for others. (default: off)",
+        show_default=False,
     ),
 ]
 
@@ -87,6 +165,9 @@ def run(
     host: Host = None,
     port: Port = None,
     api_key: ApiKey = None,
+    engine_process: EngineProcess = None,
+    engine_hang_s: EngineHang = None,
+    drain_timeout_s: DrainTimeout = None,
     served_model_name: Name = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -96,7 +177,16 @@ def run(
     block_size: BlockSize = None,
     kv_cache_memory_bytes: KvBytes = None,
     enable_prefix_caching: PrefixCaching = None,
+    delta_memory_bytes: DeltaBytes = None,
+    host_memory_bytes: HostBytes = None,
     merge_memory_bytes: MergeBytes = None,
+    scheduling_policy: Policy = None,
+    max_queued_requests: QueuedRequests = None,
+    max_queued_tokens: QueuedTokens = None,
+    slo_tpot_ms: SloTpot = None,
+    max_wait_s: MaxWait = None,
+    share_prefixes_between_tenants: SharePrefixes = None,
+    deterministic: Deterministic = None,
 ) -> None:
     """Serve a base model and its deltas behind an OpenAI-compatible endpoint."""
     flags = {name: value for name, value in locals().items() if name not in ("delta", "config")}

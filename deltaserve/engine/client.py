@@ -1,12 +1,13 @@
-"""How everybody talks to the engine: submit, stream, abort, stats (and the list of models).
+"""How everybody talks to the engine: submit, stream, abort, stats, and its deltas.
 
-The contract is ``EngineClient``; ``LocalClient`` runs the engine in a thread of this process.
+The contract is ``EngineClient``. ``LocalClient`` runs the engine in a thread of this process,
+``ProcessClient`` in a process of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from deltaserve.engine.types import EngineRequest, EngineStats, ModelInfo, TokenEvent
 
@@ -41,9 +42,40 @@ class EngineClient(Protocol):
     def stats(self) -> EngineStats: ...
 
     def alive(self) -> bool:
-        """False once the engine has failed."""
+        """False while no request can be served: the engine has failed."""
         ...
 
-    def close(self) -> None:
-        """Stop the engine and wait for it."""
+    def recovering(self) -> bool:
+        """It has failed, but is being started again."""
+        ...
+
+    async def load_delta(self, name: str, path: str, pinned: bool = False) -> ModelInfo:
+        """Serve a new delta, or a new version of a served one; returns once it is in memory.
+
+        Raises ArtifactError, BaseMismatchError, ConfigError or EngineDeadError.
+        """
+        ...
+
+    async def unload_delta(self, name: str) -> None:
+        """Serve it no more; returns once its requests have ended and its memory is free.
+
+        Raises UnknownModelError or EngineDeadError, as the next two.
+        """
+        ...
+
+    async def pin_delta(self, name: str, pinned: bool) -> None:
+        """Keep it in memory whatever else is asked for, or no longer. Raises ConfigError when
+        too little memory would be left."""
+        ...
+
+    async def rollback_delta(self, name: str) -> None:
+        """Serve the version before the present one again. Raises ConfigError: there is none."""
+        ...
+
+    async def dump(self) -> dict[str, Any]:
+        """The present state of scheduler and residency, as plain JSON."""
+        ...
+
+    def close(self, reason: str = ...) -> None:
+        """Stop the engine and wait for it; what runs ends with ``reason``."""
         ...

@@ -3,49 +3,42 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.digest import checkpoint_digest
-from deltaserve.config import EngineConfig
+from deltaserve.config import EngineConfig, check_names
+from deltaserve.engine.admission import ByteBudget
+from deltaserve.engine.checks import check_request
+from deltaserve.engine.deterministic import DeterministicRunner
+from deltaserve.engine.fairness import make_policy
 from deltaserve.engine.families import family_of
+from deltaserve.engine.gate import QueueGate
+from deltaserve.engine.grammar import AllowedTokens, Preparing, Vocabulary
+from deltaserve.engine.info import base_version, model_infos, residency_stats
 from deltaserve.engine.kv import BlockPool, Key, root_key
-from deltaserve.engine.memory import plan_kv
+from deltaserve.engine.loader import Loader, Reader
+from deltaserve.engine.memory import free_memory, plan_deltas, plan_kv
 from deltaserve.engine.model import KVCache, load_base, make_delta_aware
+from deltaserve.engine.observe import StepCounters, copy_table
+from deltaserve.engine.operands import OperandMaker
+from deltaserve.engine.parts import Parts
+from deltaserve.engine.probe import Prober
 from deltaserve.engine.residency import Residency
 from deltaserve.engine.routing import BASE_SLOT, StepContext
 from deltaserve.engine.runner import Runner
-from deltaserve.engine.scheduler import Scheduler, StepPlan
+from deltaserve.engine.scheduler import Scheduler
 from deltaserve.engine.sequence import Sequence
-from deltaserve.engine.types import EngineRequest, EngineStats, ModelInfo, TokenEvent
-from deltaserve.errors import ConfigError, RequestError, UnknownModelError
+from deltaserve.engine.types import EngineRequest, EngineStats, FinishReason, ModelInfo, TokenEvent
+from deltaserve.engine.versions import DeltaVersion
+from deltaserve.errors import ArtifactError, ConfigError, QueueFullError, RequestError
 
-
-@dataclass
-class Counters:
-    """What happened since the start."""
-
-    steps: int = 0
-    mixed_steps: int = 0
-    max_models_in_step: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generation_tokens: int = 0
-
-    def count(self, plan: StepPlan, drawing: Iterable[Sequence]) -> None:
-        """Add a committed step; ``drawing``: the sequences that got a token."""
-        self.steps += 1
-        self.mixed_steps += plan.num_models > 1
-        self.max_models_in_step = max(self.max_models_in_step, plan.num_models)
-        for seq in drawing:
-            self.generation_tokens += 1
-            if seq.num_generated == 1:
-                self.prompt_tokens += seq.num_prompt
-                self.cached_tokens += seq.num_cached or 0
+# How long a step without rows waits for a load, so that it neither spins nor oversleeps.
+LOAD_WAIT_S = 0.005
 
 
 class Engine:
@@ -60,130 +53,262 @@ class Engine:
         device, dtype = _device(config), _dtype(config, base)
         digest = checkpoint_digest(base)
         model = load_base(base, dtype, device)
+        free = free_memory(device)
         num_blocks, self.max_model_len = plan_kv(config, model_config, dtype, device)
         step = StepContext()
         modules = make_delta_aware(model, base.architecture, step)
-        kv = KVCache(model_config, num_blocks * config.block_size, dtype, device)
-        self.runner = Runner(model, step, kv, block_size=config.block_size, device=device)
-        self.scheduler = Scheduler(
-            BlockPool(num_blocks, config.block_size),
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-        )
+        # One slot more than the blocks have: deterministic mode writes its padding there.
+        num_slots = num_blocks * config.block_size + config.deterministic
+        kv = KVCache(model_config, num_slots, dtype, device)
+        self.base = base
+        vocab_size = model_config.vocab_size
         self.residency = Residency(
-            base,
-            digest,
-            modules,
-            vocab_size=model_config.vocab_size,
-            dtype=dtype,
-            device=device,
-            merge_memory=config.merge_memory_bytes,
+            Parts(
+                Reader(digest),
+                OperandMaker(base, modules, vocab_size=vocab_size, dtype=dtype, device=device),
+                Prober(),
+                Loader(),
+                base_version(config.served_model_name, base, digest, vocab_size),
+            ),
+            plan_deltas(config, device, free),
         )
-        for source in config.deltas:
-            self.residency.load(source.name, source.path)
-        self.counters = Counters()
+        runner = DeterministicRunner if config.deterministic else Runner
+        self.runner = runner(model, step, kv, block_size=config.block_size, device=device)
+        budget = ByteBudget(
+            config.slo_tpot_ms,
+            base_bytes=base.num_bytes,
+            kv_bytes_per_token=KVCache.bytes_per_token(model_config, dtype),
+        )
+        self.scheduler = self._make_scheduler(num_blocks, budget)
+        self.preparing = Preparing()
+        self.counters = StepCounters()
+        self._refused: list[TokenEvent] = []
+        self._load_deltas()
 
     def models(self) -> list[ModelInfo]:
         """The base first, then its deltas."""
-        base = self.residency.base
-        base_name = self.config.served_model_name
-        base_info = ModelInfo(
-            name=base_name,
-            path=str(base.path),
-            parent=None,
-            digest=self.residency.base_digest,
-            full_bytes=base.num_bytes,
-            resident_bytes=base.num_bytes,
-            disk_bytes=base.num_bytes,
-            vocab_size=self.residency.vocab_size,
-        )
-        deltas = [self.residency.info(name, base_name) for name in self.residency.residents]
-        return [base_info, *deltas]
+        return model_infos(self.base, self.residency.base, self.residency.catalogue)
+
+    @property
+    def models_revision(self) -> int:
+        """Grows whenever ``models`` would answer something else."""
+        return self.residency.catalogue.revision
+
+    def register(self, name: str, path: str, pinned: bool = False) -> int:
+        """Serve a delta, or a new version of a served one -> the version's number.
+
+        Looks at the manifest only; the weights are loaded in the background. Until a new version
+        is READY, requests get the old one; if it fails, ``ModelInfo.error`` says why.
+        Raises ArtifactError, BaseMismatchError, ConfigError.
+        """
+        check_names(self.config.served_model_name, [name])
+        return self.residency.register(name, path, pinned=pinned)
+
+    def unregister(self, name: str) -> None:
+        """Refuse new requests; free the memory when those that came before have ended."""
+        self.residency.unregister(name)
+
+    def pin(self, name: str, pinned: bool) -> None:
+        """Keep a delta on the device, or do not. Raises UnknownModelError, ConfigError."""
+        self.residency.pin(name, pinned)
+
+    def rollback(self, name: str) -> None:
+        """Back to the version before. Raises UnknownModelError; ConfigError: there is none."""
+        self.residency.rollback(name)
 
     def check(self, request: EngineRequest) -> None:
-        """Raises RequestError or UnknownModelError for what could never run. Thread-safe."""
-        _, vocab_size = self._model_of(request)
-        check_request(request, vocab_size, self.max_model_len)
+        """Raises RequestError for what could never run, an id in use, or a full queue.
+
+        Thread-safe.
+        """
+        version = self.residency.current(request.model)
+        check_request(request, version.needs.vocab_size, self.max_model_len)
+        self._check_queue(request)
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request that passes ``check``."""
-        slot, _ = self._model_of(request)
-        seed = request.sampling.seed
-        seed = secrets.randbits(63) if seed is None else seed
-        self.scheduler.add(Sequence(request, slot, seed, root=self._root_key(request)))
+        """Queue a request that passed ``check``, for the present version of its delta.
+
+        Raises what ``scheduler.check`` raises. It ends with an error if its delta cannot be loaded,
+        was unregistered since, or got a version that does not accept the prompt.
+        """
+        self._check_queue(request)
+        try:
+            version = self.residency.current(request.model)
+            check_request(request, version.needs.vocab_size, self.max_model_len)
+        except RequestError as error:
+            self._refuse(request, str(error))
+            return
+        if version.error is not None:
+            self._refuse(request, version.error)
+            return
+        sampling = request.sampling
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        root = self._root_key(request, version)
+        seq = Sequence(request, BASE_SLOT, seed, root=root, version=version)
+        if sampling.grammar is not None:
+            self.preparing.add(seq, self._vocabulary(version))
+        else:
+            if sampling.allowed_token_ids is not None:
+                vocab_size = version.needs.vocab_size
+                seq.matcher = AllowedTokens(sampling.allowed_token_ids, vocab_size)
+            self.scheduler.add(seq)
+        self.residency.bind(request.request_id, version)
 
     def abort(self, request_id: str) -> TokenEvent | None:
-        return self.scheduler.abort(request_id)
+        event = self._drop(request_id, FinishReason.ABORT)
+        self.residency.ended(request_id)
+        return event
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        """A step would do something: compute, load, or say that a request was refused."""
+        waiting = bool(self._refused) or bool(self.preparing)
+        return self.scheduler.has_work() or waiting or not self.residency.idle
 
     def step(self) -> list[TokenEvent]:
-        """Plan, execute, commit one step -> the new tokens."""
+        """Load, plan, execute, commit one step -> the new tokens.
+
+        One token per drawing row. Prompt-lookup speculation would plan rows that end with guessed
+        tokens, keep the logits of each of their positions (as prompt logprobs do), let execute
+        return several tokens for a row (a matcher must then be able to go back), and commit move
+        ``num_computed`` to the last accepted one; a row that starts where its sequence stands
+        and an event of several tokens exist already.
+        """
+        events = self._advance_loads() + self._take_prepared()
+        started = time.perf_counter()
         plan = self.scheduler.plan()
-        if not plan.rows:
-            return []
-        sampled = self.runner.execute(plan, self._vocab_sizes())
-        events = self.scheduler.commit(plan, sampled)
-        self.counters.count(plan, sampled)
+        if plan.rows:
+            planned = time.perf_counter()
+            sampled = self.runner.execute(plan, self.residency.device.vocab_sizes)
+            executed = time.perf_counter()
+            self.scheduler.observe(plan, executed - planned)
+            events += self.scheduler.commit(plan, sampled)
+            committed = time.perf_counter()
+            self.counters.count(plan, planned - started, executed - planned, committed - executed)
+            self.residency.count_rows(plan.rows_of_slot)
+        elif not events:
+            self.preparing.wait()
+            self.residency.wait(LOAD_WAIT_S)
+        self._end(events)
         return events
 
+    def close(self) -> None:
+        """Stop the threads that load deltas; what they read at the moment is dropped."""
+        self.residency.loader.close()
+
     def stats(self) -> EngineStats:
-        pool, counters = self.scheduler.pool, self.counters
+        """May be called by any thread."""
+        scheduler, counters = self.scheduler, self.counters
         return EngineStats(
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
-            kv_blocks_total=pool.num_blocks,
-            kv_blocks_used=pool.num_used,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(self.preparing),
+            kv_blocks_total=scheduler.pool.num_blocks,
+            kv_blocks_used=scheduler.pool.num_used,
             steps=counters.steps,
             mixed_steps=counters.mixed_steps,
             max_models_in_step=counters.max_models_in_step,
-            prompt_tokens=counters.prompt_tokens,
-            cached_tokens=counters.cached_tokens,
-            generation_tokens=counters.generation_tokens,
-            preemptions=self.scheduler.num_preemptions,
+            prompt_tokens=scheduler.usage.total.prompt_tokens,
+            cached_tokens=scheduler.usage.total.cached_tokens,
+            generation_tokens=scheduler.usage.total.generation_tokens,
+            preemptions=scheduler.num_preemptions,
+            queued_requests=scheduler.gate.num_requests,
+            queued_tokens=scheduler.gate.num_tokens,
+            max_queued_requests=self.config.max_queued_requests,
+            max_queued_tokens=self.config.max_queued_tokens,
+            plan_s=counters.plan_s,
+            execute_s=counters.execute_s,
+            commit_s=counters.commit_s,
+            bytes_per_s=scheduler.byte_budget.bytes_per_s,
+            tenants=copy_table(scheduler.usage.tenants),
+            models=copy_table(scheduler.usage.models),
+            residency=residency_stats(self.residency),
         )
 
-    def _model_of(self, request: EngineRequest) -> tuple[int, int]:
-        """(slot, vocabulary size) of the model that a request names."""
-        if request.model == self.config.served_model_name:
-            return BASE_SLOT, self.residency.vocab_size
-        resident = self.residency.residents.get(request.model)
-        if resident is None:
-            raise UnknownModelError(
-                f"the model {request.model!r} does not exist; GET /v1/models lists those that do",
-                param="model",
-            )
-        return resident.slot, resident.vocab_size
+    def dump(self) -> dict[str, Any]:
+        """The present state as plain JSON, for people who look for a fault."""
+        return {**self.scheduler.dump(), "residency": self.residency.dump()}
 
-    def _root_key(self, request: EngineRequest) -> Key | None:
-        """Whose computed blocks the request may share: same weights, same salt."""
-        if not self.config.enable_prefix_caching:
+    def _make_scheduler(self, num_blocks: int, byte_budget: ByteBudget) -> Scheduler:
+        config = self.config
+        return Scheduler(
+            BlockPool(num_blocks, config.block_size),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            policy=make_policy(config.scheduling_policy),
+            deltas=self.residency,
+            byte_budget=byte_budget,
+            gate=QueueGate(config.max_queued_requests, config.max_queued_tokens),
+            max_wait_s=config.max_wait_s,
+        )
+
+    def _load_deltas(self) -> None:
+        """Those of the configuration that fit; raises ArtifactError for the first that is bad."""
+        for source in self.config.deltas:
+            self.residency.register(source.name, source.path, load=False)
+        for version in self.residency.load_all():
+            self.close()
+            raise ArtifactError(version.error)
+
+    def _advance_loads(self) -> list[TokenEvent]:
+        """Let deltas move -> the ends of requests whose delta cannot be loaded."""
+        events, self._refused = self._refused, []
+        for version in self.residency.advance():
+            for request_id in self.residency.requests_of(version):
+                event = self._drop(request_id, FinishReason.ERROR, version.error)
+                events += [event] if event else []
+        return events
+
+    def _take_prepared(self) -> list[TokenEvent]:
+        """Queue the requests whose grammar is ready -> the ends of those that cannot be."""
+        ready, events = self.preparing.take()
+        for seq in ready:
+            try:
+                self.scheduler.add(seq)
+            except RequestError as error:  # the queue filled up meanwhile
+                name = seq.request.request_id
+                events.append(TokenEvent(name, (), FinishReason.ERROR, str(error)))
+        return events
+
+    def _drop(
+        self, request_id: str, reason: FinishReason, error: str | None = None
+    ) -> TokenEvent | None:
+        """End a request, whatever it waits for; None when it is not here (any more)."""
+        if self.preparing.drop(request_id):
+            return TokenEvent(request_id, (), reason, error)
+        return self.scheduler.abort(request_id, reason, error)
+
+    def _check_queue(self, request: EngineRequest) -> None:
+        """Also against what waits for its grammar: the scheduler does not know that yet."""
+        self.scheduler.check(request)
+        if request.request_id in self.preparing:
+            raise RequestError(f"request id {request.request_id!r} is in use")
+        waits = request.sampling.grammar is not None
+        if waits and len(self.preparing) >= self.config.max_queued_requests:
+            raise QueueFullError("too many grammars wait to be compiled", retry_after_s=1)
+
+    def _refuse(self, request: EngineRequest, reason: str) -> None:
+        event = TokenEvent(request.request_id, (), FinishReason.ERROR, reason)
+        self._refused.append(event)
+
+    def _end(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            if event.finish_reason is not None:
+                self.residency.ended(event.request_id)
+
+    def _root_key(self, request: EngineRequest, version: DeltaVersion) -> Key | None:
+        """Whose computed blocks the request may share: same weights, salt and tenant.
+
+        None with prompt logprobs: what would be reused has no logits to take them from.
+        """
+        if not self.config.enable_prefix_caching or request.sampling.prompt_logprobs is not None:
             return None
-        resident = self.residency.residents.get(request.model)
-        digest = resident.delta.manifest.digest if resident else self.residency.base_digest
-        return root_key(digest, request.cache_salt)
+        tenant = "" if self.config.share_prefixes_between_tenants else request.tenant
+        return root_key(version.digest, request.cache_salt, tenant)
 
-    def _vocab_sizes(self) -> dict[int, int]:
-        sizes = {r.slot: r.vocab_size for r in self.residency.residents.values()}
-        return sizes | {BASE_SLOT: self.residency.vocab_size}
-
-
-def check_request(request: EngineRequest, vocab_size: int, max_model_len: int) -> None:
-    """Raises RequestError for what could never run; names the field."""
-    prompt, max_tokens = request.prompt_ids, request.sampling.max_tokens
-    if not prompt:
-        raise RequestError("the prompt is empty", param="prompt")
-    if max_tokens < 1:
-        raise RequestError(f"max_tokens must be at least 1, not {max_tokens}", param="max_tokens")
-    if len(prompt) + max_tokens > max_model_len:
-        raise RequestError(
-            f"this model's maximum context length is {max_model_len} tokens, but the request "
-            f"has {len(prompt)} in the prompt and asks for {max_tokens} more",
-            param="max_tokens" if len(prompt) < max_model_len else "prompt",
-        )
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        raise RequestError(f"token ids must lie between 0 and {vocab_size - 1}", param="prompt")
+    def _vocabulary(self, version: DeltaVersion) -> Vocabulary:
+        """Where the tokens are spelled that a model's grammars are written in."""
+        own, base = Path(version.path), self.base.path
+        directories = (base,) if own == base else (own, base)
+        return Vocabulary(version.name, version.digest, directories, version.needs.vocab_size)
 
 
 def _device(config: EngineConfig) -> str:

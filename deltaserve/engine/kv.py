@@ -9,6 +9,7 @@ fine-tunes, two versions of one, or two tenants can never have a key in common.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import takewhile
@@ -16,9 +17,9 @@ from itertools import takewhile
 Key = bytes
 
 
-def root_key(digest: str, salt: str) -> Key:
+def root_key(digest: str, salt: str, tenant: str = "") -> Key:
     """Start of the chain: what was computed by one delta for one tenant."""
-    return hashlib.sha256(f"{digest}\0{salt}".encode()).digest()
+    return hashlib.sha256(json.dumps([digest, salt, tenant]).encode()).digest()
 
 
 def next_key(parent: Key, tokens: Sequence[int]) -> Key:
@@ -96,8 +97,11 @@ class BlockPool:
         for block in held:
             counts[block] += 1
         assert counts == self._users, "block uses do not add up"
-        assert set(self._free) == {b for b, users in enumerate(counts) if users == 0}
-        assert {self._block_of[key]: key for key in self._block_of} == self._key_of
+        assert len(self._free) == counts.count(0), "a free block is missing or used"
+        assert not any(map(counts.__getitem__, self._free)), "a used block is called free"
+        holders = list(map(self._block_of.get, self._key_of.values()))
+        assert holders == list(self._key_of), "keys and blocks do not belong together"
+        assert len(self._block_of) == len(self._key_of), "keys and blocks do not pair"
 
     def _forget(self, block: int) -> None:
         key = self._key_of.pop(block, None)

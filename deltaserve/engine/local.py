@@ -2,157 +2,69 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+
+import torch
 
 from deltaserve.config import EngineConfig
 from deltaserve.engine.core import Engine
-from deltaserve.engine.types import (
-    EngineRequest,
-    EngineStats,
-    FinishReason,
-    ModelInfo,
-    TokenEvent,
-)
-from deltaserve.errors import EngineDeadError, RequestError
+from deltaserve.engine.frontend import CLOSED, Frontend
+from deltaserve.engine.loop import EngineLoop
+from deltaserve.engine.messages import Command, Ready, Report, Stop, describe
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
-class Mailbox:
-    """Where the events of one request go: a queue on its submitter's event loop."""
-
-    loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[TokenEvent] = field(default_factory=asyncio.Queue)
-
-    def post(self, event: TokenEvent) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
-        except RuntimeError:  # the loop was closed: nobody waits any more
-            logger.debug("dropped an event of %s: its event loop is closed", event.request_id)
-
-
-class LocalClient:
-    """An EngineClient. Submissions and aborts reach the engine between two steps."""
+class LocalClient(Frontend):
+    """An EngineClient. An engine that fails stays down."""
 
     def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.config)
         self._engine = engine
-        self._models = engine.models()
-        self._stats = engine.stats()
+        self._commands: deque[Command] = deque()
         self._wake = threading.Condition()
-        self._submitted: deque[EngineRequest] = deque()
-        self._aborted: deque[str] = deque()
-        self._mailboxes: dict[str, Mailbox] = {}
-        self._failure: str | None = None
-        self._closing = False
+        self._ready = threading.Event()
+        self._num_threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="deltaserve-engine", daemon=True)
         self._thread.start()
+        self._ready.wait()
 
     @classmethod
     def start(cls, config: EngineConfig) -> LocalClient:
         """Load base and deltas, then serve. Blocks; raises DeltaServeError."""
         return cls(Engine(config))
 
-    @property
-    def max_model_len(self) -> int:
-        return self._engine.max_model_len
-
-    def models(self) -> list[ModelInfo]:
-        return self._models
-
-    def submit(self, request: EngineRequest) -> None:
-        self._engine.check(request)
-        mailbox = Mailbox(asyncio.get_running_loop())
-        with self._wake:
-            if self._failure is not None or self._closing:
-                raise EngineDeadError(self._failure or "the engine is shutting down")
-            if request.request_id in self._mailboxes:
-                raise RequestError(f"request id {request.request_id!r} is in use")
-            self._mailboxes[request.request_id] = mailbox
-            self._submitted.append(request)
-            self._wake.notify()
-
-    async def stream(self, request_id: str) -> AsyncIterator[TokenEvent]:
-        mailbox = self._mailboxes.get(request_id)
-        if mailbox is None:  # aborted before anybody listened
-            yield TokenEvent(request_id, (), FinishReason.ABORT)
-            return
-        try:
-            while True:
-                event = await mailbox.queue.get()
-                yield event
-                if event.finish_reason is not None:
-                    return
-        finally:
-            self.abort(request_id)
-            self._mailboxes.pop(request_id, None)
-
-    def abort(self, request_id: str) -> None:
-        with self._wake:
-            self._aborted.append(request_id)
-            self._wake.notify()
-
-    def stats(self) -> EngineStats:
-        return self._stats
-
-    def alive(self) -> bool:
-        return self._failure is None and not self._closing
-
-    def close(self) -> None:
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
+    def close(self, reason: str = CLOSED) -> None:
+        self._fail(reason)
+        self._send(Stop())
         self._thread.join()
 
     def _run(self) -> None:
+        # A new thread would take over what the loading threads have set for themselves.
+        torch.set_num_threads(self._num_threads)
         try:
-            while self._wait_for_work():
-                self._take_requests()
-                self._publish(self._engine.step())
+            EngineLoop(self._engine, self._receive, self._take).run()
         except BaseException as error:  # whatever it was, nobody may wait for ever
             logger.exception("the engine failed")
-            self._fail_all(f"the engine failed: {type(error).__name__}: {error}")
-        else:
-            self._fail_all("the engine was shut down")
+            self._fail(f"the engine failed: {describe(error)}")
+        finally:
+            self._ready.set()
 
-    def _wait_for_work(self) -> bool:
-        """False once the engine shall stop."""
+    def _take(self, report: Report) -> None:
+        super()._take(report)
+        if isinstance(report, Ready):
+            self._ready.set()
+
+    def _send(self, command: Command) -> None:
         with self._wake:
-            while not (
-                self._closing or self._submitted or self._aborted or self._engine.has_work()
-            ):
-                self._wake.wait()
-            return not self._closing
+            self._commands.append(command)
+            self._wake.notify()
 
-    def _take_requests(self) -> None:
+    def _receive(self, seconds: float | None) -> list[Command]:
         with self._wake:
-            submitted, self._submitted = self._submitted, deque()
-            aborted, self._aborted = self._aborted, deque()
-        for request in submitted:
-            self._engine.add(request)
-        for request_id in aborted:
-            event = self._engine.abort(request_id)
-            if event is not None:
-                self._publish([event])
-
-    def _publish(self, events: list[TokenEvent]) -> None:
-        self._stats = self._engine.stats()
-        for event in events:
-            mailbox = self._mailboxes.get(event.request_id)
-            if mailbox is not None:
-                mailbox.post(event)
-            if event.finish_reason is FinishReason.ABORT:
-                # Its stream, if there is one, holds the mailbox itself; else nobody ever will.
-                self._mailboxes.pop(event.request_id, None)
-
-    def _fail_all(self, reason: str) -> None:
-        with self._wake:
-            self._failure = reason
-            waiting = dict(self._mailboxes)
-        for request_id, mailbox in waiting.items():
-            mailbox.post(TokenEvent(request_id, (), FinishReason.ERROR, reason))
+            self._wake.wait_for(lambda: self._commands, seconds)
+            commands = list(self._commands)
+            self._commands.clear()
+        return commands

@@ -1,59 +1,132 @@
-"""What a request asks to be done to its logits before a token is drawn.
+"""What requests ask to be done to their logits before a token is drawn.
 
-Done in the order of vLLM: bias and forbidden ends, then penalties, then min_p. V vocabulary.
+Done in the order of vLLM: bias and forbidden ends, then penalties, then min_p. Rows that ask for
+nothing cost nothing. S rows that draw, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.types import SamplingParams
 
+Asking = list[tuple[int, Sequence]]
+"""Rows of the logits, and whose they are."""
+
+
+def asks(params: SamplingParams) -> bool:
+    """Whether anything here applies to a request."""
+    return bool(
+        params.logit_bias
+        or params.min_tokens
+        or params.min_p
+        or params.frequency_penalty
+        or params.presence_penalty
+        or params.repetition_penalty != 1.0
+    )
+
 
 def adjust(logits_SV: torch.Tensor, seqs: list[Sequence]) -> None:
-    """Change the float32 logits of each sequence that asks for it, in place."""
-    for row, seq in zip(logits_SV, seqs, strict=True):
-        params = seq.request.sampling
-        _bias(row, params)
-        _forbid_early_end(row, seq)
-        _penalise(row, seq)
-        _cut_unlikely(row, params)
+    """Change the float32 logits of the sequences that ask for it, in place."""
+    asking = [(s, seq) for s, seq in enumerate(seqs) if asks(seq.request.sampling)]
+    if asking:
+        _bias(logits_SV, asking)
+        _forbid_early_end(logits_SV, asking)
+        _penalise_repetition(logits_SV, asking)
+        _penalise_answer(logits_SV, asking)
+        _cut_unlikely(logits_SV, asking)
 
 
-def _bias(logits_V: torch.Tensor, params: SamplingParams) -> None:
-    if params.logit_bias:
-        ids, values = zip(*params.logit_bias, strict=True)
-        index = torch.tensor(ids, device=logits_V.device)
-        logits_V[index] += torch.tensor(values, device=logits_V.device)
+def _bias(logits_SV: torch.Tensor, asking: Asking) -> None:
+    biases = [(s, *bias) for s, seq in asking for bias in seq.request.sampling.logit_bias]
+    if biases:
+        rows, ids, values = zip(*biases, strict=True)
+        place = _index(logits_SV, rows), _index(logits_SV, ids)
+        added = torch.tensor(values, dtype=torch.float32, device=logits_SV.device)
+        logits_SV.index_put_(place, added, accumulate=True)
 
 
-def _forbid_early_end(logits_V: torch.Tensor, seq: Sequence) -> None:
-    params = seq.request.sampling
-    if seq.num_generated < params.min_tokens:
-        known = [token for token in params.stop_token_ids if token < len(logits_V)]
-        logits_V[torch.tensor(known, dtype=torch.long, device=logits_V.device)] = float("-inf")
+def _forbid_early_end(logits_SV: torch.Tensor, asking: Asking) -> None:
+    ends = [
+        (s, token)
+        for s, seq in asking
+        if seq.num_generated < seq.request.sampling.min_tokens
+        for token in seq.request.sampling.stop_token_ids
+        if token < logits_SV.shape[1]
+    ]
+    if ends:
+        rows, ids = zip(*ends, strict=True)
+        logits_SV[_index(logits_SV, rows), _index(logits_SV, ids)] = float("-inf")
 
 
-def _penalise(logits_V: torch.Tensor, seq: Sequence) -> None:
-    """repetition_penalty (CTRL, Keskar et al. 2019) sees prompt and answer; OpenAI's
-    frequency and presence penalties see the answer."""
-    params = seq.request.sampling
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(seq.token_ids)), device=logits_V.device)
-        old = logits_V[seen]
-        penalty = params.repetition_penalty
-        logits_V[seen] = torch.where(old > 0, old / penalty, old * penalty)
-    if params.frequency_penalty or params.presence_penalty:
-        answer = torch.tensor(seq.token_ids[seq.num_prompt :], device=logits_V.device)
-        ids, counts = answer.long().unique(return_counts=True)
-        logits_V[ids] -= params.frequency_penalty * counts + params.presence_penalty
+def _penalise_repetition(logits_SV: torch.Tensor, asking: Asking) -> None:
+    """repetition_penalty (CTRL, Keskar et al. 2019) sees prompt and answer."""
+    found = [(s, seq) for s, seq in asking if seq.request.sampling.repetition_penalty != 1.0]
+    if found:
+        place, lengths = _occurrences(logits_SV, found, [seq.token_ids for _, seq in found])
+        penalty = _spread(
+            logits_SV, [s.request.sampling.repetition_penalty for _, s in found], lengths
+        )
+        # A token that occurs twice is written twice with the same value.
+        old = logits_SV[place]
+        logits_SV[place] = torch.where(old > 0, old / penalty, old * penalty)
 
 
-def _cut_unlikely(logits_V: torch.Tensor, params: SamplingParams) -> None:
+def _penalise_answer(logits_SV: torch.Tensor, asking: Asking) -> None:
+    """OpenAI's frequency and presence penalties see the answer."""
+    found = [
+        (s, seq)
+        for s, seq in asking
+        if seq.num_generated
+        and (seq.request.sampling.frequency_penalty or seq.request.sampling.presence_penalty)
+    ]
+    if found:
+        answers = [seq.token_ids[seq.num_prompt :] for _, seq in found]
+        place, lengths = _occurrences(logits_SV, found, answers)
+        params = [seq.request.sampling for _, seq in found]
+        presence = _spread(logits_SV, [p.presence_penalty for p in params], lengths)
+        frequency = _spread(logits_SV, [p.frequency_penalty for p in params], lengths)
+        logits_SV[place] = logits_SV[place] - presence  # once, however often it occurs
+        logits_SV.index_put_(place, -frequency, accumulate=True)
+
+
+def _cut_unlikely(logits_SV: torch.Tensor, asking: Asking) -> None:
     """min_p: only tokens at least that likely, relative to the likeliest, at the temperature."""
-    if params.min_p > 0 and params.temperature > 0:
-        least = logits_V.max() + params.temperature * math.log(params.min_p)
-        logits_V.masked_fill_(logits_V < least, float("-inf"))
+    found = [
+        (s, p.temperature * math.log(p.min_p))
+        for s, seq in asking
+        if (p := seq.request.sampling).min_p > 0 and p.temperature > 0
+    ]
+    if found:
+        rows, distances = zip(*found, strict=True)
+        index = _index(logits_SV, rows)
+        logits_MV = logits_SV[index]
+        distance_M1 = torch.tensor(distances, device=logits_SV.device)[:, None]
+        least_M1 = logits_MV.amax(-1, keepdim=True) + distance_M1
+        logits_SV[index] = logits_MV.masked_fill_(logits_MV < least_M1, float("-inf"))
+
+
+def _occurrences(
+    logits_SV: torch.Tensor, found: Asking, tokens: list[list[int]]
+) -> tuple[tuple[torch.Tensor, torch.Tensor], np.ndarray]:
+    """((row, token) of every token of every list, the lists' lengths)."""
+    lengths = np.array([len(ids) for ids in tokens])
+    rows = np.repeat([s for s, _ in found], lengths)
+    ids = np.concatenate([np.array(ids) for ids in tokens])
+    device = logits_SV.device
+    return (torch.from_numpy(rows).to(device), torch.from_numpy(ids).to(device)), lengths
+
+
+def _spread(logits_SV: torch.Tensor, values: list[float], lengths: np.ndarray) -> torch.Tensor:
+    """Each list's value, once for each of its tokens."""
+    spread = np.repeat(np.array(values, dtype=np.float32), lengths)
+    return torch.from_numpy(spread).to(logits_SV.device)
+
+
+def _index(logits_SV: torch.Tensor, numbers: Iterable[int]) -> torch.Tensor:
+    return torch.tensor(list(numbers), dtype=torch.long, device=logits_SV.device)

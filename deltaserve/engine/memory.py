@@ -10,6 +10,7 @@ import torch
 
 from deltaserve.config import EngineConfig
 from deltaserve.engine.families import context_limit
+from deltaserve.engine.limits import Limits
 from deltaserve.engine.model import KVCache
 from deltaserve.errors import ConfigError
 
@@ -62,6 +63,37 @@ def plan_kv(
             capacity,
         )
     return num_blocks, min(wanted_len, capacity)
+
+
+def plan_deltas(config: EngineConfig, device: str, free_before: int) -> Limits:
+    """Memory for deltas: on the device, in host memory beside it, and merged.
+
+    free_before: what was free on a CPU before the KV cache took its share, which it takes
+    little by little. On a GPU the KV cache is there already, and half of the rest is taken.
+    """
+    cuda = device == "cuda"
+    free = int(free_memory(device) * 2 * CPU_SHARE) if cuda else int(free_before * CPU_SHARE)
+    host = int(free_memory("cpu") * CPU_SHARE / (1 if cuda else 2))
+    merge = 0 if cuda else int(free_before * CPU_SHARE)
+    # Merged weights round differently, and when they come depends on what others ask.
+    merge = 0 if config.deterministic else _given(config.merge_memory_bytes, merge)
+    limits = Limits(
+        _given(config.delta_memory_bytes, free),
+        _given(config.host_memory_bytes, host),
+        merge,
+        merge_at_start=config.merge_memory_bytes is not None,
+    )
+    logger.info(
+        "memory for deltas: %d bytes on the device, %d in host memory, %d merged",
+        limits.device_bytes,
+        limits.host_bytes,
+        limits.merge_bytes,
+    )
+    return limits
+
+
+def _given(value: int | None, chosen: int) -> int:
+    return chosen if value is None else value
 
 
 def free_memory(device: str) -> int:

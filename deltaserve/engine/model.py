@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -17,12 +18,17 @@ from deltaserve.engine.layers import (
     DeltaLinear,
     DeltaModule,
     DeltaNorm,
+    ProjectionPart,
+    SharedProjections,
+    Wrapper,
 )
 from deltaserve.engine.routing import StepContext
 from deltaserve.errors import CheckpointError
 from deltaserve.kernels.attention import PagedBatch, paged_attention, write_kv
 
 ATTENTION = "deltaserve_paged"
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Projections that read the same input, in every family that has them apart."""
 
 
 class KVCache:
@@ -101,18 +107,18 @@ def _attention(
     return out_THD[None], None
 
 
-def make_delta_aware(
-    model: nn.Module, architecture: str, step: StepContext
-) -> dict[str, DeltaModule]:
+def make_delta_aware(model: nn.Module, architecture: str, step: StepContext) -> dict[str, Wrapper]:
     """Wrap embeddings, projections, norms and head in place -> wrapper by module path."""
     family = family_of(architecture)
     found = list(model.named_modules())
-    wrapped: dict[str, DeltaModule] = {}
+    wrapped: dict[str, Wrapper] = {}
     for path, module in found:
         wrapper = _wrap(path, module, step, family.head_norm_token_dim)
         if wrapper is not None:
-            model.set_submodule(path, wrapper)
             wrapped[path] = wrapper
+    wrapped |= _share_inputs(wrapped, step)
+    for path, stand_in in wrapped.items():
+        model.set_submodule(path, stand_in)
     return wrapped
 
 
@@ -127,3 +133,35 @@ def _wrap(
         per_head = path.endswith(("q_norm", "k_norm"))
         return DeltaNorm(module, step, head_norm_token_dim if per_head else 1)
     return None
+
+
+def _share_inputs(wrapped: dict[str, Wrapper], step: StepContext) -> dict[str, ProjectionPart]:
+    """Parts in place of the projections that read the same input.
+
+    On a CPU a call costs about as much as a few rows of it; kernels take deltas by projection.
+    """
+    parts: dict[str, ProjectionPart] = {}
+    for path in wrapped:
+        parent, _, name = path.rpartition(".")
+        for names in SHARED_INPUTS:
+            if name == names[0]:
+                paths = [f"{parent}.{other}" for other in names]
+                found = [wrapped.get(other) for other in paths]
+                layers = [layer for layer in found if isinstance(layer, DeltaLinear)]
+                biased = {layer.inner.bias is not None for layer in layers}
+                on_cpu = all(layer.joins_inputs() for layer in layers)
+                if len(layers) == len(paths) and len(biased) == 1 and on_cpu:
+                    shared = _share([layer.inner for layer in layers], step, path)
+                    parts |= zip(paths, shared, strict=True)
+    return parts
+
+
+def _share(projections: list[nn.Linear], step: StepContext, path: str) -> list[ProjectionPart]:
+    """One layer of all outputs, side by side; nothing keeps the old weights."""
+    whole = nn.Linear(1, 1, bias=False, device="meta")
+    whole.weight = nn.Parameter(torch.cat([p.weight for p in projections]), requires_grad=False)
+    if projections[0].bias is not None:
+        whole.bias = nn.Parameter(torch.cat([p.bias for p in projections]), requires_grad=False)
+    shared = SharedProjections(DeltaLinear(whole, step, path))
+    ends = list(accumulate(len(p.weight) for p in projections))
+    return [ProjectionPart(shared, start, end) for start, end in pairwise([0, *ends])]

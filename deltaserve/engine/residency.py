@@ -1,167 +1,374 @@
-"""The deltas in memory: which slot each has, and its operands in the layers that apply them."""
+"""Which deltas are in memory, and who must give way: the DeltaStore of the scheduler.
+
+All methods run on the engine's thread, between two steps, and none of them waits or reads files:
+``advance`` collects what background threads have loaded, attaches it to the layers piece by
+piece, and asks for the next. A delta waits for device memory in the order in which the scheduler
+asks for it; one that waits longer than ``starvation_s`` goes first and may have others drained.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
-import torch
-
-from deltaserve.artifact.checkpoint import Checkpoint
-from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.artifact.reader import Delta
-from deltaserve.engine.layers import DeltaEmbedding, DeltaHead, DeltaLinear, DeltaModule
-from deltaserve.engine.routing import BASE_SLOT
-from deltaserve.engine.types import ModelInfo
-from deltaserve.errors import ArtifactError
-
-HEAD = "lm_head"
-
-
-@dataclass(frozen=True)
-class Resident:
-    """A loaded delta. vocab_size: of the fine-tune, which may have added tokens.
-
-    merged: its projections are dense in memory, not packed.
-    """
-
-    slot: int
-    delta: Delta
-    vocab_size: int
-    merged: bool
+from deltaserve.engine.demand import Demand
+from deltaserve.engine.device import DeviceTier
+from deltaserve.engine.eviction import GreedyDual
+from deltaserve.engine.hosttier import HostTier
+from deltaserve.engine.limits import Counts, Limits, require_room
+from deltaserve.engine.loader import Done, Job
+from deltaserve.engine.merging import Merger
+from deltaserve.engine.operands import Operands
+from deltaserve.engine.parts import Parts
+from deltaserve.engine.probe import Savings
+from deltaserve.engine.sequence import Sequence
+from deltaserve.engine.versions import Catalogue, DeltaVersion, State
 
 
 class Residency:
-    """Loads deltas into the layers of one base."""
+    """Moves versions between disk, host and device. clock: seconds, for tests to set."""
 
     def __init__(
-        self,
-        base: Checkpoint,
-        base_digest: str,
-        modules: dict[str, DeltaModule],
-        *,
-        vocab_size: int,
-        dtype: torch.dtype,
-        device: str,
-        merge_memory: int = 0,
+        self, parts: Parts, limits: Limits, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """merge_memory: bytes that merged weights may take, see ``load``."""
-        self.base = base
-        self.base_digest = base_digest
-        self.vocab_size = vocab_size
-        self.residents: dict[str, Resident] = {}
-        self._modules = modules
-        self._dtype = dtype
-        self._device = device
-        self._merge_memory = merge_memory
+        self.source, self.maker, self.gauge = parts.source, parts.maker, parts.gauge
+        self.loader = parts.loader
+        self.base = parts.base
+        self.clock = clock
+        self.catalogue = Catalogue()
+        self.device = DeviceTier(limits, parts.base)
+        self.host = HostTier(limits.host_bytes)
+        self.merger = Merger(limits.merge_bytes, clock())
+        self.demand = Demand(limits.starvation_s)
+        self.counts = Counts()
+        self._worth = GreedyDual()
+        self._requests: dict[str, DeltaVersion] = {}
 
-    def load(self, name: str, path: str) -> None:
-        """Make a delta servable under ``name``.
+    # What the operator does.
 
-        While the memory for it lasts, its projections are merged: kept as base + delta, dense,
-        so that its rows cost one matmul and no decoding.
+    def register(self, name: str, path: str, *, pinned: bool = False, load: bool = True) -> int:
+        """A new name, or a new version of a served one, which takes over when it is READY.
 
-        Raises BaseMismatchError, or ArtifactError for damaged files and for parameters that
-        no layer of this base has. Nothing stays attached when it raises.
+        Returns the version's number. A new version of a pinned name is pinned as well. load:
+        without waiting for a request. Raises ArtifactError, BaseMismatchError; ConfigError when
+        it cannot fit.
         """
-        delta = Delta.open(path)
-        delta.check_base(self.base_digest)
-        delta.verify_digest()
-        slot = 1 + max((r.slot for r in self.residents.values()), default=BASE_SLOT)
-        vocab_size = self.vocab_size
-        merge = self._reserve_merged(delta)
-        try:
-            for parameter in delta.names():
-                operand = self._operand(
-                    delta, parameter, merge and self._mergeable(delta, parameter)
-                )
-                targets = self._targets(delta, parameter)
-                for module, leaf in targets:
-                    module.attach(slot, leaf, operand)
-                    if isinstance(module, DeltaHead) and leaf == "weight":
-                        vocab_size = operand.shape[0]
-        except BaseException:
-            self._detach(slot)
-            raise
-        self.residents[name] = Resident(slot, delta, vocab_size, merge)
+        delta = self.source.open(path)
+        manifest, needs = delta.manifest, self.maker.needs(delta)
+        number = self.catalogue.next_number(name)
+        version = DeltaVersion(name, number, str(delta.path), manifest.digest, needs, manifest)
+        served = self.catalogue.served.get(name)
+        pinned = pinned or (served is not None and served.pinned)
+        self._require_room(version, {version} if pinned else set())
+        self.catalogue.add(version, pinned=pinned)
+        if load:
+            self._wish(version)
+        self._sweep()
+        return number
 
-    def info(self, name: str, parent: str) -> ModelInfo:
-        resident = self.residents[name]
-        manifest = resident.delta.manifest
-        return ModelInfo(
-            name=name,
-            path=str(resident.delta.path),
-            parent=parent,
-            digest=manifest.digest,
-            codecs=tuple(sorted({entry.codec for entry in manifest.tensors.values()})),
-            full_bytes=manifest.sizes.full.total,
-            resident_bytes=manifest.sizes.resident.total,
-            disk_bytes=manifest.sizes.disk.total,
-            vocab_size=resident.vocab_size,
-            merged=resident.merged,
-        )
+    def unregister(self, name: str) -> None:
+        """Refuse new requests; memory is freed when those that came before have ended.
 
-    def _targets(self, delta: Delta, parameter: str) -> list[tuple[DeltaModule, str]]:
-        """The layers that a parameter belongs to: two for an embedding that is also the head."""
-        path, _, leaf = parameter.rpartition(".")
-        module = self._modules.get(path)
-        if module is None or (leaf == "bias" and not self._has_bias(module)):
-            raise ArtifactError(
-                f"{delta.path} changes {parameter}, which the base {self.base.name} does not "
-                "have or the engine cannot change; compress the fine-tune against this base"
-            )
-        targets = [(module, leaf)]
-        if isinstance(module, DeltaEmbedding) and self._tied(delta):
-            targets.append((self._modules[HEAD], leaf))
-        return targets
+        Raises UnknownModelError.
+        """
+        self.catalogue.remove(name)
+        self._sweep()
 
-    def _tied(self, delta: Delta) -> bool:
-        return self.base.tied and f"{HEAD}.weight" not in delta.manifest.tensors
+    def pin(self, name: str, pinned: bool) -> None:
+        """Raises UnknownModelError; ConfigError when too little memory would be left to others."""
+        served = self.catalogue.get(name)
+        if pinned:
+            successor = {served.candidate} if served.candidate else set()
+            self._require_room(served.current, {served.current} | successor)
+            self._wish(served.current)
+        self.catalogue.pin(name, pinned)
 
-    @staticmethod
-    def _has_bias(module: DeltaModule) -> bool:
-        return isinstance(module, DeltaLinear) and module.inner.bias is not None
+    def rollback(self, name: str) -> None:
+        """Back to the version before, as soon as it is READY; or give up one that is on its way.
 
-    def _reserve_merged(self, delta: Delta) -> bool:
-        """Take the memory that merging this delta needs, if there is as much left."""
-        shapes = [
-            entry.shape
-            for name, entry in delta.manifest.tensors.items()
-            if self._mergeable(delta, name)
-        ]
-        needed = sum(math.prod(shape) for shape in shapes) * self._dtype.itemsize
-        if not shapes or needed > self._merge_memory:
+        Raises UnknownModelError; ConfigError when there is none, or it is pinned and both versions
+        do not fit.
+        """
+        served = self.catalogue.get(name)
+        if served.previous is not None and served.candidate is None and served.pinned:
+            self._require_room(served.previous, {served.previous})
+        served = self.catalogue.rollback(name)
+        self._wish(served.candidate or served.current)
+        self._sweep()
+
+    # What a request does.
+
+    def current(self, name: str) -> DeltaVersion:
+        """The version that a new request gets. Raises UnknownModelError. Thread-safe."""
+        return self.base if name == self.base.name else self.catalogue.get(name).current
+
+    def bind(self, request_id: str, version: DeltaVersion) -> None:
+        """A request came; it stays with this version until ``ended``."""
+        assert request_id not in self._requests, f"{request_id} was bound twice"
+        self._requests[request_id] = version
+        version.bound += 1
+        self._worth.touch(version)
+        if version.attached:
+            self.counts.hits += 1
+        else:
+            self.counts.misses += 1
+            self.demand.want(version, self.clock())
+
+    def ended(self, request_id: str) -> None:
+        """The request has ended, whatever the reason. Unknown ids are ignored."""
+        version = self._requests.pop(request_id, None)
+        if version is not None:
+            version.bound -= 1
+            assert version.bound >= version.references, f"{version.name} is used by nobody"
+
+    def requests_of(self, version: DeltaVersion) -> list[str]:
+        return [name for name, bound in self._requests.items() if bound is version]
+
+    def acquire(self, seq: Sequence) -> bool:
+        """See ``DeltaStore``."""
+        version = seq.version
+        assert version is not None, "the sequence was not bound"
+        if version.state is not State.READY:
+            self.demand.ask(version, self.clock())
             return False
-        self._merge_memory -= needed
+        assert version.slot is not None
+        version.references += 1
+        seq.slot = version.slot
         return True
 
-    def _mergeable(self, delta: Delta, parameter: str) -> bool:
-        """A packed projection: embeddings are read by the row, and low rank is cheap as it is."""
-        module = self._modules.get(parameter.rpartition(".")[0])
-        packed = delta.manifest.tensors[parameter].codec in ("int", "nm24", "nf4")
-        return packed and isinstance(module, DeltaLinear)
+    def release(self, seq: Sequence) -> None:
+        """See ``DeltaStore``."""
+        assert seq.version is not None
+        assert seq.version.references > 0, f"{seq.version.name} was released twice"
+        seq.version.references -= 1
 
-    def _operand(self, delta: Delta, parameter: str, merge: bool) -> Encoded:
-        """What the layer keeps: packed where the codec is applied packed, else the values."""
-        enc = delta.encoded(parameter)
-        if merge or enc.codec in ("raw", "xor") or len(enc.shape) < 2:
-            values = delta.decode(parameter, self._base_tensor(parameter))
-            return replace(enc, codec="raw", params={}, tensors={"values": self._cast(values)})
-        if enc.codec in ("lowrank", "rows"):
-            parts = {part: self._cast(t) for part, t in enc.tensors.items()}
-        else:
-            parts = {part: t.to(self._device) for part, t in enc.tensors.items()}
-        return replace(enc, tensors=parts)
+    def step_bytes(self, slot: int) -> int:
+        """See ``DeltaStore``."""
+        # Also of a merged delta: the few rows that a decode step has of it run packed.
+        return self.device.by_slot[slot].needs.step_bytes
 
-    def _base_tensor(self, parameter: str) -> torch.Tensor | None:
-        return self.base.tensor(parameter) if self.base.has(parameter) else None
+    # What happens between two steps.
 
-    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Float operands compute in the engine's dtype; indices and codes stay as they are."""
-        # Clone: a delta must not keep serving from a file that somebody may replace.
-        dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.to(self._device, dtype, copy=True)
+    @property
+    def idle(self) -> bool:
+        """Nothing is loading, wanted or leaving: ``advance`` would change nothing."""
+        waiting = self.demand or self.device.attaching or self.catalogue.left
+        return not waiting and self.loader.idle
 
-    def _detach(self, slot: int) -> None:
-        for module in self._modules.values():
-            module.detach(slot)
+    def advance(self) -> list[DeltaVersion]:
+        """One turn -> the versions that could not be loaded and whose requests must end."""
+        self._merge_best()
+        if self.idle:
+            return []
+        failed = [done.job.version for done in self.loader.collect() if not self._take(done)]
+        for version, error in self.device.attach():
+            if error is not None:
+                self._fail(version, error)
+                failed.append(version)
+            elif version.state is State.LOADING:
+                self._set_ready(version)
+        self._sweep()
+        self._start_loads()
+        return failed
+
+    def wait(self, seconds: float) -> None:
+        """Until a load has ended, at most so long; not at all when there is nothing to do."""
+        if not self.idle:
+            self.loader.wait(seconds)
+
+    def count_rows(self, rows_of_slot: Mapping[int, int]) -> None:
+        """A step has run with so many rows of each slot."""
+        for slot, rows in rows_of_slot.items():
+            self.merger.count(self.device.by_slot[slot], rows)
+
+    def load_all(self) -> list[DeltaVersion]:
+        """Load and merge in order of registration what fits, now -> those that failed.
+
+        For the start, when nothing is known of the demand.
+        """
+        room = self.device.free_bytes
+        for served in self.catalogue.served.values():
+            room -= served.current.needs.device_bytes
+            if room < 0:
+                break
+            self._wish(served.current)
+        failed = self._run_to_end()
+        if self.device.limits.merge_at_start:
+            for version in self.merger.first(s.current for s in self.catalogue.served.values()):
+                self._merge(version)
+                self._run_to_end()
+        return failed
+
+    def dump(self) -> dict[str, Any]:
+        """Every version, and who waits for the device, for people who debug."""
+        now = self.clock()
+        return {
+            "versions": [version.describe(now) for version in self.catalogue.versions()],
+            "wanted": [f"{v.name} {v.number}" for v in self.demand.in_order(now)],
+        }
+
+    # Loading.
+
+    def _start_loads(self) -> None:
+        """Ask for the wanted versions in their order, as far as memory and threads allow."""
+        now = self.clock()
+        for version in self.demand.in_order(now):
+            if version.state is not State.REGISTERED:
+                continue
+            if self.loader.full:
+                break
+            starved = self.demand.starved(version, now)
+            victims = self.device.room_for(version, self._victims(starved, now))
+            if victims is not None:
+                for victim in victims:
+                    self._evict(victim)
+                self._load(version)
+            elif starved:  # nobody may take the room that it waits for
+                self.device.drain_for(version, now)
+                break
+            elif version.image is None and self.host.start_staging(version):
+                self._submit("stage", version, partial(self.source.read, version))
+        self.demand.next_plan()
+        if not self.demand.any_starved(now):
+            self._stop_draining()
+
+    def _load(self, version: DeltaVersion) -> None:
+        def work() -> tuple[Delta, Operands, Savings | None]:
+            image = version.image or self.source.read(version)
+            operands = self.maker.make(image)
+            mergeable = self.merger.could_hold(version)
+            return image, operands, self.gauge.savings(operands) if mergeable else None
+
+        self.device.reserve(version, version.needs.device_bytes)
+        self._submit("load", version, work)
+
+    def _submit(self, kind: str, version: DeltaVersion, work: Callable[[], object]) -> None:
+        version.state = State.LOADING
+        self.loader.submit(Job(kind, version), work)
+        self.catalogue.revision += 1
+
+    def _take(self, done: Done) -> bool:
+        """A job ended. False if its version failed."""
+        version = done.job.version
+        if done.job.kind == "merge":
+            self._take_merged(version, done)
+            return True
+        self.host.end_staging(version)
+        if done.error is not None:
+            self._fail(version, done.error)
+            return False
+        if done.job.kind == "stage":
+            version.state = State.REGISTERED
+            self.host.keep(version, done.result)
+            return True
+        image, operands, savings = done.result
+        version.load_seconds = done.seconds
+        self.counts.load_seconds += done.seconds
+        self.device.place(version, operands)
+        self.host.keep(version, image)
+        if savings is not None:
+            self.merger.add(version, savings)
+        return True
+
+    def _set_ready(self, version: DeltaVersion) -> None:
+        version.state, version.ready_at = State.READY, self.clock()
+        self.counts.loads += 1
+        self.demand.drop(version)
+        served = self.catalogue.served.get(version.name)
+        if served is not None and served.candidate is version:
+            self.catalogue.promote(served)
+        self.catalogue.revision += 1
+
+    def _fail(self, version: DeltaVersion, error: str) -> None:
+        self._leave(version)
+        self.host.drop(version)
+        self.demand.drop(version)
+        version.state, version.error = State.ERROR, error
+        self.counts.failures += 1
+        self.catalogue.fail(version)
+
+    def _run_to_end(self) -> list[DeltaVersion]:
+        failed = []
+        while not self.idle:
+            failed += self.advance()
+            if not self.loader.idle:
+                self.loader.wait()
+        return failed
+
+    # Leaving.
+
+    def _victims(self, starved: bool, now: float) -> list[DeltaVersion]:
+        """Who may be evicted, in order: superseded versions, then the cheapest.
+
+        Those for which requests wait only for the sake of one that starved, and last.
+        """
+        found = [v for v in self.device.idle(now) if starved or v.waiting == 0]
+        is_current = self.catalogue.is_current
+        return sorted(found, key=lambda v: (v.waiting > 0, is_current(v), v.priority))
+
+    def _evict(self, version: DeltaVersion) -> None:
+        self._leave(version)
+        version.state = State.REGISTERED
+        self._worth.evicted(version)
+        self.counts.evictions += 1
+        self.catalogue.revision += 1
+        self.host.settle(version)
+        if version.waiting:
+            self.demand.want(version, self.clock())
+
+    def _stop_draining(self) -> None:
+        """Nobody starves any more."""
+        for version in self.device.draining():
+            version.state = State.READY
+            self.demand.drop(version)
+
+    def _leave(self, version: DeltaVersion) -> None:
+        self.merger.drop(version)
+        self.device.leave(version)
+
+    def _sweep(self) -> None:
+        """Forget retired versions that no request needs; what loads is forgotten afterwards."""
+        for version in list(self.catalogue.left):
+            if version.bound == 0 and version.state is not State.LOADING:
+                self._leave(version)
+                self.host.drop(version)
+                self.demand.drop(version)
+                self.catalogue.forget(version)
+
+    def _wish(self, version: DeltaVersion) -> None:
+        if not version.attached and version.state is not State.ERROR:
+            version.wished = True
+            self.demand.want(version, self.clock())
+
+    def _require_room(self, subject: DeltaVersion, pinned: set[DeltaVersion]) -> None:
+        """As if ``pinned`` were so already. Raises ConfigError."""
+        versions = {*self.catalogue.versions(), subject}
+        pinned |= {v for v in versions if v.pinned or self.catalogue.will_be_pinned(v)}
+        require_room(self.device.limits.device_bytes, subject, pinned, versions - pinned)
+
+    # Merging.
+
+    def _merge_best(self) -> None:
+        version, victims = self.merger.choose(self.clock())
+        if version is None or version.state is not State.READY:
+            return
+        for victim in victims:
+            self.device.detach_merged(victim)
+            self.merger.undo(victim)
+        self._merge(version)
+
+    def _merge(self, version: DeltaVersion) -> None:
+        def work() -> Operands:
+            return self.maker.merge(version.image or self.source.read(version))
+
+        self.merger.start(version)
+        self.loader.submit(Job("merge", version), work)
+
+    def _take_merged(self, version: DeltaVersion, done: Done) -> None:
+        """What cannot be merged stays packed."""
+        if self.merger.done(version, done.result, done.seconds):
+            self.device.attach_soon(version, done.result)
+            self.catalogue.revision += 1

@@ -1,23 +1,27 @@
 """Execute: a plan becomes tensors, the tensors logits, the logits tokens.
 
-T packed tokens, R rows (sequences), S rows that draw a token, V vocabulary.
+T packed tokens, R rows (sequences), S rows that draw a token, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from deltaserve.engine import logprobs
 from deltaserve.engine.logits import adjust
 from deltaserve.engine.model import KVCache
 from deltaserve.engine.routing import Routing, StepContext, segments
 from deltaserve.engine.scheduler import StepPlan
 from deltaserve.engine.sequence import Sequence
-from deltaserve.kernels.attention import PagedBatch
-from deltaserve.kernels.sampling import counter_uniform, sample
+from deltaserve.engine.types import TokenLogprobs
+from deltaserve.kernels.attention import PagedBatch, TokenTile
+from deltaserve.kernels.sampling import Draw, counter_uniform, sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +41,15 @@ class Runner:
     def __init__(
         self, model: nn.Module, step: StepContext, kv: KVCache, *, block_size: int, device: str
     ) -> None:
-        self.model = model
+        causal_lm: Any = model
+        self.decoder = causal_lm.get_decoder()
+        self.head = causal_lm.get_output_embeddings()
+        self.softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
         self.step = step
         self.kv = kv
         self.block_size = block_size
         self.device = device
+        self._mask_worker = ThreadPoolExecutor(1, thread_name_prefix="deltaserve-masks")
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, vocab_sizes: dict[int, int]) -> dict[Sequence, int]:
@@ -50,12 +58,24 @@ class Runner:
         vocab_sizes: slot -> how many tokens its model knows.
         """
         drawing = [row.seq for row in plan.rows if row.samples]
-        logits_SV = self.forward(self.prepare(plan))
+        masks = self._start_masks(drawing)
+        inputs = self.prepare(plan)
+        hidden_TD = self.forward(inputs)
+        self._score_prompts(plan, inputs.routing, hidden_TD, vocab_sizes)
         if not drawing:
             return {}
+        logits_SV = self.logits(hidden_TD[inputs.last_S], inputs.routing)
         _mask_foreign_tokens(logits_SV, [vocab_sizes[seq.slot] for seq in drawing])
+        asking = [s for s, seq in enumerate(drawing) if seq.request.sampling.logprobs is not None]
+        raw_AV = logits_SV[asking] if asking else None
+        for s, allowed in masks:
+            _mask_disallowed(logits_SV[s], drawing[s], allowed.result())
         adjust(logits_SV, drawing)
         tokens = self._sample(logits_SV, drawing)
+        if raw_AV is not None:
+            self._score_answers(raw_AV, [drawing[s] for s in asking], [tokens[s] for s in asking])
+        for s, _ in masks:
+            _accept(drawing[s], tokens[s])
         return dict(zip(drawing, tokens, strict=True))
 
     def prepare(self, plan: StepPlan) -> StepInput:
@@ -80,17 +100,73 @@ class Runner:
         )
 
     def forward(self, inputs: StepInput) -> torch.Tensor:
-        """One packed step of the model -> logits [S, V] of the rows that draw, float32."""
-        self.step.routing = inputs.routing
-        logits_1SV: torch.Tensor = self.model(
-            input_ids=inputs.ids_T[None],
-            position_ids=inputs.positions_T[None],
+        """One packed step of the model -> the last layer's states of all tokens [T, D]."""
+        return self._decode(inputs.ids_T, inputs.positions_T, inputs.batch, inputs.routing)
+
+    def _decode(
+        self,
+        ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        batch: PagedBatch | TokenTile,
+        routing: Routing,
+    ) -> torch.Tensor:
+        self.step.routing = routing
+        hidden_1TD: torch.Tensor = self.decoder(
+            input_ids=ids_T[None],
+            position_ids=positions_T[None],
             use_cache=False,
-            logits_to_keep=inputs.last_S,
             kv=self.kv,
-            batch=inputs.batch,
-        ).logits
-        return logits_1SV[0].float()
+            batch=batch,
+        ).last_hidden_state
+        return hidden_1TD[0]
+
+    def logits(self, hidden_SD: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Logits [S, V], float32, of states whose deltas are those of ``routing.logits``.
+
+        Apart from the decoder, so that a long prompt's can be computed in pieces.
+        """
+        self.step.routing = routing
+        return self._cap(self.head(hidden_SD[None])[0])
+
+    def _cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """What some families do behind the head (Gemma 2), and float32."""
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.float()
+
+    def _score_prompts(
+        self,
+        plan: StepPlan,
+        routing: Routing,
+        hidden_TD: torch.Tensor,
+        vocab_sizes: dict[int, int],
+    ) -> None:
+        """Append the logprobs of prompts that the step has computed a part of."""
+        first = 0  # the row's first token in the packed step
+        for row in plan.rows:
+            seq, positions = row.seq, logprobs.missing_positions(row)
+            vocab_size = vocab_sizes[seq.slot]
+            length = max(1, logprobs.CHUNK_BYTES // (4 * vocab_size))
+            for start in range(positions.start, positions.stop, length):
+                stop = min(start + length, positions.stop)
+                index = slice(first + start - row.start, first + stop - row.start)
+                own = replace(routing, logits=segments([seq.slot] * (stop - start)))
+                logits_PV = self.logits(hidden_TD[index], own)[:, :vocab_size]
+                num_top = [seq.request.sampling.prompt_logprobs or 0] * (stop - start)
+                targets = seq.token_ids[start + 1 : stop + 1]
+                seq.prompt_logprobs += self._describe(logits_PV, targets, num_top)
+            first += row.num_new
+
+    def _score_answers(self, raw_AV: torch.Tensor, seqs: list[Sequence], tokens: list[int]) -> None:
+        """Note the logprobs of the drawn tokens. A rows whose requests asked for them."""
+        num_top = [seq.request.sampling.logprobs or 0 for seq in seqs]
+        for seq, found in zip(seqs, self._describe(raw_AV, tokens, num_top), strict=True):
+            seq.logprobs = found
+
+    def _describe(
+        self, logits_SV: torch.Tensor, tokens: list[int], num_top: list[int]
+    ) -> list[TokenLogprobs]:
+        return logprobs.describe(logits_SV, tokens, num_top)
 
     def _paged_batch(self, plan: StepPlan, positions: np.ndarray, lens_R: np.ndarray) -> PagedBatch:
         width = max(len(row.seq.blocks) for row in plan.rows)
@@ -108,23 +184,48 @@ class Runner:
         )
 
     def _sample(self, logits_SV: torch.Tensor, seqs: list[Sequence]) -> list[int]:
-        params = [seq.request.sampling for seq in seqs]
-        draws = [counter_uniform(seq.seed, seq.num_generated) for seq in seqs]
-        return sample(
-            logits_SV,
-            torch.tensor([p.temperature for p in params], device=self.device),
-            torch.tensor([p.top_k for p in params], device=self.device),
-            torch.tensor([p.top_p for p in params], dtype=torch.float64, device=self.device),
-            torch.tensor(draws, dtype=torch.float64, device=self.device),
-        ).tolist()
+        return sample(logits_SV, [_draw(seq) for seq in seqs])
+
+    def _start_masks(self, drawing: list[Sequence]) -> list[tuple[int, Future[np.ndarray]]]:
+        """Find out beside the device's work which tokens may be drawn: (row, [V] bool), for
+        the rows that may not draw all."""
+        return [
+            (s, self._mask_worker.submit(seq.matcher.mask))
+            for s, seq in enumerate(drawing)
+            if seq.matcher is not None
+        ]
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
 
 
+def _draw(seq: Sequence) -> Draw | None:
+    """How the next token is drawn; None is the likeliest."""
+    params = seq.request.sampling
+    if params.temperature == 0:
+        return None
+    uniform = counter_uniform(seq.seed, seq.num_generated)
+    return Draw(params.temperature, params.top_k, params.top_p, uniform)
+
+
+def _mask_disallowed(logits_V: torch.Tensor, seq: Sequence, allowed_V: np.ndarray) -> None:
+    if not allowed_V.any():
+        seq.failure = "the grammar allows no token of the model's vocabulary here"
+        return
+    mask = torch.from_numpy(~allowed_V).to(logits_V.device)
+    logits_V[: len(mask)].masked_fill_(mask, float("-inf"))
+
+
+def _accept(seq: Sequence, token: int) -> None:
+    if seq.matcher is not None and seq.failure is None:
+        seq.matcher.accept(token)
+
+
 def _mask_foreign_tokens(logits_SV: torch.Tensor, vocab_sizes: list[int]) -> None:
     """Added tokens of one fine-tune do not exist for the others in the batch."""
     width = logits_SV.shape[-1]
+    if min(vocab_sizes) == width:
+        return
     for row, size in enumerate(vocab_sizes):
         if size < width:
             logits_SV[row, size:] = float("-inf")

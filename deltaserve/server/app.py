@@ -11,31 +11,40 @@ from starlette.exceptions import HTTPException
 from deltaserve.config import ServerConfig
 from deltaserve.engine.client import EngineClient
 from deltaserve.errors import DeltaServeError
+from deltaserve.server.drain import Drain, DrainGate
 from deltaserve.server.errors import GenerationError, error_response
 from deltaserve.server.middleware import ApiKey, RequestContext
 from deltaserve.server.requests import Service
 from deltaserve.server.routes_chat import chat_router
 from deltaserve.server.routes_completions import completions_router
+from deltaserve.server.routes_health import health_router
 from deltaserve.server.routes_models import models_router
 from deltaserve.server.tokenizers import ModelTokenizer
 
 
 def create_app(
-    client: EngineClient, tokenizers: Mapping[str, ModelTokenizer], config: ServerConfig
+    client: EngineClient,
+    tokenizers: Mapping[str, ModelTokenizer],
+    config: ServerConfig,
+    drain: Drain | None = None,
 ) -> FastAPI:
     """The endpoint. The caller starts and closes the engine.
 
     Args:
         tokenizers: one for each of ``client.models()``.
+        drain: for who wants to end it without cutting answers off.
     """
+    drain = drain or Drain()
     # No schema pages: they would load scripts from elsewhere, and bodies are read by hand.
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     service = Service(client, tokenizers)
     app.include_router(models_router(service, int(time.time())))
+    app.include_router(health_router(client, drain))
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
     for kind in (DeltaServeError, GenerationError, HTTPException):
         app.add_exception_handler(kind, _on_error)
+    app.add_middleware(DrainGate, drain=drain)
     if config.api_key_sha256 is not None:
         app.add_middleware(ApiKey, sha256=config.api_key_sha256)
     app.add_middleware(RequestContext)  # added last, so outermost

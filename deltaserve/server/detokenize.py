@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
+
+from deltaserve.engine.types import TokenLogprobs
 
 
 class Decoder(Protocol):
@@ -96,12 +100,28 @@ class StopStrings:
         return 0
 
 
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token whose text is visible. offset: where in the text it begins, in characters."""
+
+    token_id: int
+    offset: int
+    logprobs: TokenLogprobs | None
+    echoed: bool = False
+    """Of the prompt."""
+
+
 class TextStream:
     """The visible text of one choice: detokenised, cut at stop strings."""
 
-    def __init__(self, decoder: Decoder, stops: Sequence[str]) -> None:
+    def __init__(self, decoder: Decoder, stops: Sequence[str], *, track: bool = False) -> None:
+        """track: remember the tokens behind the text, for ``take``."""
         self._detokenizer = Detokenizer(decoder)
         self._stops = StopStrings(stops)
+        self._track = track
+        self._tokens: deque[Token] = deque()
+        self._length = 0  # of all text so far
+        self._visible = 0  # of what was given out
         self.num_tokens = 0
         """Tokens used, those of the stop string included, those after it not."""
 
@@ -110,17 +130,66 @@ class TextStream:
         """A stop string was found; nothing follows."""
         return self._stops.hit
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def echo(self, prompt_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> str:
+        """The prompt's text, which no stop string cuts. ``logprobs``: from its second token on."""
+        known = [None, *logprobs] if logprobs is not None else [None] * len(prompt_ids)
+        parts = [
+            self._detokenise(token_id, found, echoed=True)
+            for token_id, found in zip(prompt_ids, known, strict=True)
+        ]
+        self._visible = self._length
+        return "".join(parts)
+
+    def push(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None
+    ) -> str:
         parts = []
-        for token_id in token_ids:
+        for index, token_id in enumerate(token_ids):
             self.num_tokens += 1
-            if text := self._detokenizer.push(token_id):
+            text = self._detokenise(token_id, logprobs[index] if logprobs else None)
+            if text:
                 parts.append(self._stops.push(text))
                 if self.stopped:
                     break
-        return "".join(parts)
+        return self._show("".join(parts))
+
+    def push_end(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        """The stop token that ended the answer: it counts as generated, but is not text."""
+        self.num_tokens += 1
+        if self._track:
+            self._tokens.append(Token(token_id, self._length, logprobs))
 
     def finish(self) -> str:
         """What is left once the last token has been pushed."""
-        text = self._stops.push(self._detokenizer.finish())
-        return text if self.stopped else text + self._stops.finish()
+        rest = self._detokenizer.finish()
+        self._length += len(rest)
+        text = self._stops.push(rest)
+        return self._show(text if self.stopped else text + self._stops.finish())
+
+    def take(self, *, all_left: bool = False) -> tuple[Token, ...]:
+        """The tokens, in order, whose text has become visible since the last call.
+
+        all_left: at the end, those without text too; but none that a stop string cut away.
+        """
+        taken = []
+        while self._tokens:
+            first = self._tokens[0]
+            if not (
+                first.echoed or first.offset < self._visible or (all_left and not self.stopped)
+            ):
+                break
+            taken.append(self._tokens.popleft())
+        return tuple(taken)
+
+    def _detokenise(
+        self, token_id: int, logprobs: TokenLogprobs | None, *, echoed: bool = False
+    ) -> str:
+        if self._track:
+            self._tokens.append(Token(token_id, self._length, logprobs, echoed))
+        text = self._detokenizer.push(token_id)
+        self._length += len(text)
+        return text
+
+    def _show(self, text: str) -> str:
+        self._visible += len(text)
+        return text

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from deltaserve.errors import EngineDeadError, RequestError, UnknownModelError
+from deltaserve.errors import EngineDeadError, QueueFullError, RequestError, UnknownModelError
 
 logger = logging.getLogger("deltaserve.server")
 
@@ -38,6 +38,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
             return error.status, _body(str(error), error.status, error.param, error.code)
         case UnknownModelError():
             return 404, _body(str(error), 404, error.param or "model", "model_not_found")
+        case QueueFullError():
+            return 429, _body(str(error), 429, error.param, "rate_limit_exceeded")
         case RequestError():
             return 400, _body(str(error), 400, error.param)
         case EngineDeadError():
@@ -53,6 +55,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
 def error_response(error: Exception) -> Response:
     status, body = describe(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    if isinstance(error, QueueFullError):
+        headers["retry-after"] = str(error.retry_after_s)
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     return json_response(body, status, headers)
@@ -68,6 +72,11 @@ def json_response(
 def _body(
     message: str, status: int, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    kinds = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
+    kinds = {
+        401: "authentication_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+    }
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -9,9 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from deltaserve.engine.client import EngineClient
-from deltaserve.engine.types import EngineRequest, FinishReason, SamplingParams, TokenEvent
+from deltaserve.engine.types import (
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
 from deltaserve.errors import EngineDeadError
-from deltaserve.server.detokenize import Decoder, TextStream
+from deltaserve.server.detokenize import Decoder, TextStream, Token
 from deltaserve.server.errors import GenerationError
 
 T = TypeVar("T")
@@ -19,11 +25,28 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that choice ``index`` gained; the last of a choice says why it ended."""
+    """Text that choice ``index`` gained; the last of a choice says why it ended.
+
+    tokens: behind the text, where somebody wants to know. prompt_logprobs: with the first piece.
+    """
 
     index: int
     text: str
     finish_reason: FinishReason | None = None
+    tokens: tuple[Token, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+def join(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of a choice as one."""
+    first, last = pieces[0], pieces[-1]
+    return Piece(
+        first.index,
+        "".join(piece.text for piece in pieces),
+        last.finish_reason,
+        tuple(token for piece in pieces for token in piece.tokens),
+        first.prompt_logprobs,
+    )
 
 
 @dataclass(slots=True)
@@ -31,6 +54,8 @@ class Choice:
     index: int
     request: EngineRequest
     text: TextStream
+    echo: bool
+    """The prompt is still to be repeated."""
     num_cached: int = 0
 
 
@@ -39,14 +64,20 @@ class Generation:
 
     def __init__(
         self, client: EngineClient, decoder: Decoder, stops: Sequence[str], n: int,
-        requests: Sequence[EngineRequest],
+        requests: Sequence[EngineRequest], *, echo: bool = False, track: bool = False,
     ) -> None:  # fmt: skip
-        """``requests``: one for each prompt; ``n`` choices are made of each."""
+        """``requests``: one for each prompt; ``n`` choices are made of each.
+
+        echo: texts begin with the prompt. track: pieces tell their tokens.
+        """
         self._client = client
         self._n = n
         self._choices = [
             Choice(
-                index, _variant(requests[index // n], index, index % n), TextStream(decoder, stops)
+                index,
+                _variant(requests[index // n], index, index % n),
+                TextStream(decoder, stops, track=track),
+                echo,
             )
             for index in range(n * len(requests))
         ]
@@ -97,7 +128,7 @@ class Generation:
                 reason = event.error or "the engine failed on this request"
                 raise GenerationError(reason) if self._client.alive() else EngineDeadError(reason)
             piece = _piece(choice, event)
-            if piece.text or piece.finish_reason:
+            if piece.text or piece.tokens or piece.finish_reason:
                 yield piece
             if piece.finish_reason:
                 break
@@ -108,14 +139,21 @@ class Generation:
 
 def _piece(choice: Choice, event: TokenEvent) -> Piece:
     """Detokenise an event."""
-    tokens, reason = event.token_ids, event.finish_reason
+    tokens, reason, logprobs = event.token_ids, event.finish_reason, event.logprobs
     ending = reason is FinishReason.STOP and tokens and tokens[-1] in _stop_ids(choice)
-    text = choice.text.push(tokens[:-1] if ending else tokens)
+    text = ""
+    if choice.echo:
+        choice.echo = False
+        text = choice.text.echo(choice.request.prompt_ids, event.prompt_logprobs)
+    text += choice.text.push(tokens[:-1] if ending else tokens, logprobs)
     if reason is not None and not choice.text.stopped:
         text += choice.text.finish()
-        if ending:  # counts as generated, but is not part of the answer
-            choice.text.num_tokens += 1
-    return Piece(choice.index, text, FinishReason.STOP if choice.text.stopped else reason)
+        if ending:
+            choice.text.push_end(tokens[-1], logprobs[-1] if logprobs else None)
+    if choice.text.stopped:
+        reason = FinishReason.STOP
+    shown = choice.text.take(all_left=reason is not None)
+    return Piece(choice.index, text, reason, shown, event.prompt_logprobs)
 
 
 def _stop_ids(choice: Choice) -> frozenset[int]:
@@ -123,9 +161,12 @@ def _stop_ids(choice: Choice) -> frozenset[int]:
 
 
 def _variant(request: EngineRequest, index: int, choice: int) -> EngineRequest:
-    """The request of one choice: with an id of its own, and with a seed of its own."""
+    """The request of one choice: an id and a seed of its own, the prompt of the first one."""
     sampling = replace(request.sampling, seed=derive_seed(request.sampling, choice))
-    return replace(request, request_id=f"{request.request_id}-{index}", sampling=sampling)
+    first = f"{request.request_id}-{index - choice}" if choice else None
+    return replace(
+        request, request_id=f"{request.request_id}-{index}", sampling=sampling, fork_of=first
+    )
 
 
 def derive_seed(sampling: SamplingParams, choice: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import ipaddress
@@ -14,13 +15,14 @@ from types import FrameType
 import uvicorn
 
 from deltaserve.config import ServerConfig
-from deltaserve.engine.local import LocalClient
+from deltaserve.engine.client import EngineClient
 from deltaserve.errors import ConfigError
 from deltaserve.server.app import create_app
+from deltaserve.server.drain import Drain
 from deltaserve.server.tokenizers import load_tokenizers
 
-GRACE_SECONDS = 10
-"""How long requests in flight may go on after the first signal; a second one ends them."""
+FAREWELL_SECONDS = 2
+"""What the last bytes of answers may take to leave, once nothing is generated any more."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -34,9 +36,10 @@ def serve(config: ServerConfig) -> None:
     # Before minutes of loading: an address that cannot be had is known at once.
     with contextlib.closing(bind(config)) as listener:
         print(f"Loading {config.engine.base}, {len(config.engine.deltas)} delta(s) ...", flush=True)
-        client = LocalClient.start(config.engine)
+        client = start_engine(config)
         try:
-            app = create_app(client, load_tokenizers(client.models()), config)
+            drain = Drain()
+            app = create_app(client, load_tokenizers(client.models()), config, drain)
             names = [model.name for model in client.models()]
             settings = uvicorn.Config(
                 app,
@@ -44,23 +47,45 @@ def serve(config: ServerConfig) -> None:
                 log_level="warning",
                 access_log=False,  # RequestContext writes one line for each request
                 lifespan="off",
-                timeout_graceful_shutdown=GRACE_SECONDS,
+                timeout_graceful_shutdown=FAREWELL_SECONDS,
                 server_header=False,
             )
             ready = f"DeltaServe ready at {_url(listener)} — {_summary(names)}"
+            server = Server(settings, ready, client, drain, config.drain_timeout_s)
             with _explain_bind_errors(config):
-                Server(settings, ready).run(sockets=[listener])
+                server.run(sockets=[listener])
         finally:
             client.close()
     print("DeltaServe stopped.", flush=True)
 
 
-class Server(uvicorn.Server):
-    """Says when it is ready; ends quietly on a signal, and at once on the second."""
+def start_engine(config: ServerConfig) -> EngineClient:
+    """Load base and deltas, where the configuration wants the engine to run."""
+    if not config.engine_process:
+        from deltaserve.engine.local import LocalClient  # the whole engine: only if it runs here
 
-    def __init__(self, config: uvicorn.Config, ready: str) -> None:
+        return LocalClient.start(config.engine)
+    from deltaserve.engine.remote import ProcessClient, Supervision
+
+    return ProcessClient(config.engine, Supervision(hang_seconds=config.engine_hang_s))
+
+
+class Server(uvicorn.Server):
+    """Says when it is ready; drains on the first signal, and ends at once on the second."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        ready: str,
+        client: EngineClient,
+        drain: Drain,
+        drain_timeout_s: float,
+    ) -> None:
         super().__init__(config)
         self._ready = ready
+        self._client = client
+        self._drain = drain
+        self._drain_timeout_s = drain_timeout_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -77,8 +102,19 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        self.force_exit = self.should_exit = self._drain.begun
+        self._drain.begin()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; True ends the server."""
+        over = self._drain.over(self._drain_timeout_s)
+        if over and self._drain.in_flight:
+            reason = (
+                "the server is shutting down, and this request did not end within "
+                f"{self._drain_timeout_s:g} s (drain_timeout_s)"
+            )
+            await asyncio.to_thread(self._client.close, reason)
+        return await super().on_tick(counter) or over
 
 
 def bind(config: ServerConfig) -> socket.socket:

@@ -6,34 +6,38 @@ that has no effect, because many clients always send them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationError
 
+from deltaserve.engine.types import Grammar
 from deltaserve.errors import RequestError
+from deltaserve.server.grammars import (
+    Choices,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+    Text,
+    only_one,
+    read,
+)
+from deltaserve.server.strict import Strict, one_of, refuse_extra
 
 INT64_MAX = 2**63 - 1
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_IDS = 128
 MAX_BIASES = 1024
+MAX_LOGPROBS = 20
+"""Most of the likeliest tokens that can be asked for, OpenAI's and vLLM's limit."""
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 # Values without effect, besides null. A field that is neither here nor in a model is unknown.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
-    "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
     "best_of": (1,),
@@ -45,15 +49,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("none", "auto"),  # there are no functions to call
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
     "mm_processor_kwargs": (),
@@ -61,16 +60,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "priority": (0,),
     "prompt_cache_retention": (),
-    "prompt_logprobs": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),  # there are no tools
     "tools": ([],),
@@ -90,30 +85,17 @@ MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_call_id": (),
     "tool_calls": ([],),
 }
+STRUCTURED_OUTPUTS_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "disable_additional_properties": (False,),
+    "disable_any_whitespace": (False,),
+    "disable_fallback": (True, False),  # there is nothing to fall back to
+    "structural_tag": (),
+    "whitespace_pattern": (),
+}
 STREAM_OPTIONS_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "continuous_usage_stats": (False,),
     "include_obfuscation": (False,),
 }
-
-
-def _one_of(expected: str) -> WrapValidator:
-    """For unions: one message about what is expected, instead of one for each member."""
-
-    def validate(value: Any, handler: ValidatorFunctionWrapHandler, _: ValidationInfo) -> Any:
-        try:
-            return handler(value)
-        except ValidationError:
-            raise PydanticCustomError(
-                "one_of", "must be {expected}", {"expected": expected}
-            ) from None
-
-    return WrapValidator(validate)
-
-
-class Strict(BaseModel):
-    """No conversions: "1" is not a number. Other fields are kept, for ``parse`` to judge."""
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
@@ -142,7 +124,7 @@ class GenerationRequest(Strict):
             Field(max_length=MAX_STOPS),
         ]
         | None,
-        _one_of(f"a text or up to {MAX_STOPS} texts, each of 1 to {MAX_STOP_LENGTH} characters"),
+        one_of(f"a text or up to {MAX_STOPS} texts, each of 1 to {MAX_STOP_LENGTH} characters"),
     ] = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
     ignore_eos: bool | None = None
@@ -153,6 +135,16 @@ class GenerationRequest(Strict):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
     """Token id, as text, to what is added to its logit."""
+    prompt_logprobs: NumLogprobs | None = None
+    return_token_ids: bool | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    # vLLM's names before structured_outputs
+    guided_json: Schema | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
     # For the operator's records; they have no effect on answers.
     user: str | None = None
     safety_identifier: str | None = None
@@ -167,13 +159,60 @@ class GenerationRequest(Strict):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    def grammar(self) -> tuple[str, Grammar] | None:
+        """(the field that says what the answer must match, the grammar)
+
+        Raises RequestError if several fields do, or one is incomplete.
+        """
+        found = {}
+        if self.response_format is not None and (asked := self.response_format.grammar()):
+            found["response_format"] = asked
+        if self.structured_outputs is not None:
+            for name, grammar in self.structured_outputs.grammars().items():
+                found[f"structured_outputs.{name}"] = grammar
+        old = read(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
+        found |= {f"guided_{name}": grammar for name, grammar in old.items()}
+        if found and self.allowed_token_ids is not None:
+            raise RequestError(
+                f"{next(iter(found))} and allowed_token_ids exclude each other: send one of them",
+                param="allowed_token_ids",
+            )
+        return only_one(found)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to report beside each token; None is no report."""
+        raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same of the prompt's tokens, for whatever part of the answer."""
+        return self.prompt_logprobs
+
 
 class CompletionRequest(GenerationRequest):
     prompt: Annotated[
         str | list[str] | list[int] | list[list[int]],
-        _one_of("a text, a list of texts, a list of token ids, or a list of lists of token ids"),
+        one_of("a text, a list of texts, a list of token ids, or a list of lists of token ids"),
     ]
     add_special_tokens: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
+    """0 only reads the prompt, for ``echo`` or ``prompt_logprobs``."""
+    echo: bool | None = None
+    logprobs: Annotated[
+        NumLogprobs | Literal[False] | None, one_of(f"a whole number from 0 to {MAX_LOGPROBS}")
+    ] = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return None if self.logprobs is False else self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        echoed = self.num_logprobs if self.echo else None
+        asked = [number for number in (echoed, self.prompt_logprobs) if number is not None]
+        # Without an answer it is the prompt's logprobs that the engine works for.
+        return max(asked, default=0 if self.max_tokens == 0 else None)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -190,15 +229,19 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: Annotated[str | list[TextPart] | None, _one_of("a text or a list of text parts")] = (
-        None
-    )
+    content: Annotated[str | list[TextPart] | None, one_of("a text or a list of text parts")] = None
     name: str | None = None
 
 
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
@@ -214,20 +257,42 @@ def parse(model: type[RequestT], body: bytes) -> RequestT:
         request = model.model_validate_json(body)
     except ValidationError as error:
         raise _explain(error) from None
-    _refuse_extra(request, NEUTRAL)
+    refuse_extra(request, NEUTRAL)
     if request.stream_options is not None:
         if not request.stream:
             raise RequestError("stream_options needs stream=true", param="stream_options")
-        _refuse_extra(request.stream_options, STREAM_OPTIONS_NEUTRAL, "stream_options.")
+        refuse_extra(request.stream_options, STREAM_OPTIONS_NEUTRAL, "stream_options.")
+    if request.response_format is not None:
+        refuse_extra(request.response_format, {}, "response_format.")
+        if request.response_format.json_schema is not None:
+            refuse_extra(request.response_format.json_schema, {}, "response_format.json_schema.")
+    if request.structured_outputs is not None:
+        refuse_extra(request.structured_outputs, STRUCTURED_OUTPUTS_NEUTRAL, "structured_outputs.")
+    if request.stream and request.prompt_logprobs is not None:
+        raise RequestError(
+            "prompt_logprobs are not sent with stream=true: ask without it, or use "
+            "/v1/completions with echo and logprobs",
+            param="prompt_logprobs",
+        )
     if isinstance(request, ChatRequest):
         _check_chat(request)
+    elif isinstance(request, CompletionRequest):
+        _check_completion(request)
     return request
+
+
+def _check_completion(request: CompletionRequest) -> None:
+    if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
+        raise RequestError(
+            "max_tokens is 0: that needs echo or prompt_logprobs, or nothing would be answered",
+            param="max_tokens",
+        )
 
 
 def _check_chat(request: ChatRequest) -> None:
     for index, message in enumerate(request.messages):
         where = f"messages.{index}."
-        _refuse_extra(message, MESSAGE_NEUTRAL, where)
+        refuse_extra(message, MESSAGE_NEUTRAL, where)
         if message.role in ("tool", "function"):
             raise RequestError(
                 f"messages of role {message.role!r} are not supported", param=f"{where}role"
@@ -237,7 +302,7 @@ def _check_chat(request: ChatRequest) -> None:
                 raise RequestError(
                     "only content parts of type 'text' are supported", param=f"{where}content"
                 )
-            _refuse_extra(part, {}, f"{where}content.")
+            refuse_extra(part, {}, f"{where}content.")
         if message.content is None and message.role != "assistant":
             raise RequestError(f"{where}content is missing", param=f"{where}content")
     both = (request.max_tokens, request.max_completion_tokens)
@@ -245,24 +310,8 @@ def _check_chat(request: ChatRequest) -> None:
         raise RequestError(
             "max_tokens and max_completion_tokens differ: send one of them", param="max_tokens"
         )
-
-
-def _refuse_extra(model: Strict, neutral: dict[str, tuple[Any, ...]], prefix: str = "") -> None:
-    for name, value in (model.model_extra or {}).items():
-        if name not in neutral:
-            shown = name if len(name) <= 100 else f"{name[:100]}…"
-            raise RequestError(f"unknown field {prefix}{shown}", param=f"{prefix}{shown}")
-        if value is not None and not any(_same(value, other) for other in neutral[name]):
-            raise _unsupported(f"{prefix}{name}")
-
-
-def _same(value: Any, other: Any) -> bool:
-    """Equality that tells false from 0: ``logprobs: 0`` asks for something, false does not."""
-    return value == other and isinstance(value, bool) == isinstance(other, bool)
-
-
-def _unsupported(name: str) -> RequestError:
-    return RequestError(f"{name} is not supported by this server: leave it out", param=name)
+    if request.top_logprobs and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
 
 
 def _explain(error: ValidationError) -> RequestError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from starlette.requests import ClientDisconnect, Request
 
 from deltaserve import __version__
 from deltaserve.engine.client import EngineClient
+from deltaserve.engine.grammar import check_grammar
 from deltaserve.engine.types import EngineRequest, ModelInfo, SamplingParams
 from deltaserve.errors import RequestError, UnknownModelError
 from deltaserve.server.errors import ApiError
 from deltaserve.server.generate import Generation
-from deltaserve.server.protocol import GenerationRequest, RequestT, parse
+from deltaserve.server.protocol import CompletionRequest, GenerationRequest, RequestT, parse
 from deltaserve.server.sse import ClientGoneError
 from deltaserve.server.tokenizers import ModelTokenizer
 
@@ -81,7 +83,15 @@ class Service:
             )
             for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
         ]
-        generation = Generation(self.client, model.tokenizer, body.stops, body.n or 1, requests)
+        generation = Generation(
+            self.client,
+            model.tokenizer,
+            body.stops,
+            body.n or 1,
+            requests,
+            echo=isinstance(body, CompletionRequest) and bool(body.echo),
+            track=body.num_logprobs is not None or bool(body.return_token_ids),
+        )
         generation.submit()
         return generation
 
@@ -90,13 +100,20 @@ async def read_request(request: Request, model: type[RequestT]) -> RequestT:
     """Read and check a body.
 
     Raises:
-        RequestError: not JSON, too large, wrong fields.
+        RequestError: not JSON, too large, wrong fields, a grammar that is none.
         ClientGoneError: the client went away while it was sending.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # also keeps foreign web pages from posting unasked
         raise ApiError(415, "the body must be JSON, with 'Content-Type: application/json'")
-    return parse(model, await _read_body(request))
+    body = parse(model, await _read_body(request))
+    if (asked := body.grammar()) is not None:
+        field, grammar = asked
+        try:
+            await asyncio.to_thread(check_grammar, grammar)
+        except RequestError as error:
+            raise RequestError(f"{field}: {error}", param=field) from error
+    return body
 
 
 async def _read_body(request: Request) -> bytes:
@@ -141,17 +158,18 @@ def check_prompt(
             param=param,
         )
     room = model.max_model_len - len(prompt)
-    if room < (max_tokens or 1):
-        asked = f"max_tokens = {max_tokens}" if max_tokens else "at least 1 to generate"
+    needed = 1 if max_tokens is None else max_tokens
+    if room < needed:
+        asked = "at least 1 to generate" if max_tokens is None else f"max_tokens = {max_tokens}"
         raise ApiError(
             400,
             f"{model.info.name} has a context of {model.max_model_len} tokens, but this request "
-            f"needs {len(prompt) + (max_tokens or 1)}: {len(prompt)} in the prompt and {asked}. "
+            f"needs {len(prompt) + needed}: {len(prompt)} in the prompt and {asked}. "
             "Shorten the prompt or lower max_tokens.",
             param=param,
             code="context_length_exceeded",
         )
-    return max_tokens or min(room, default or room)
+    return min(room, default or room) if max_tokens is None else max_tokens
 
 
 def check_choices(num_prompts: int, n: int | None) -> None:
@@ -184,7 +202,24 @@ def _sampling(body: GenerationRequest, model: ServedModel, max_tokens: int) -> S
         presence_penalty=body.presence_penalty or 0.0,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias=_logit_bias(body.logit_bias or {}, model),
+        logprobs=body.num_logprobs,
+        prompt_logprobs=body.num_prompt_logprobs,
+        allowed_token_ids=_allowed(body.allowed_token_ids, model),
+        grammar=asked[1] if (asked := body.grammar()) is not None else None,
     )
+
+
+def _allowed(token_ids: list[int] | None, model: ServedModel) -> tuple[int, ...] | None:
+    """Raises RequestError for what is no token of the model."""
+    if token_ids is None:
+        return None
+    if max(token_ids) >= model.info.vocab_size:
+        raise RequestError(
+            f"allowed_token_ids holds {max(token_ids)}, but {model.info.name} has ids from 0 "
+            f"to {model.info.vocab_size - 1}",
+            param="allowed_token_ids",
+        )
+    return tuple(token_ids)
 
 
 def _logit_bias(biases: Mapping[str, float], model: ServedModel) -> tuple[tuple[int, float], ...]:

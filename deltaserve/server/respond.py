@@ -9,9 +9,8 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deltaserve.engine.types import FinishReason
 from deltaserve.server.errors import json_response
-from deltaserve.server.generate import Generation, Piece
+from deltaserve.server.generate import Generation, Piece, join
 from deltaserve.server.protocol import GenerationRequest
 from deltaserve.server.requests import ServedModel
 from deltaserve.server.sse import DONE, EventStream, event, while_connected
@@ -23,8 +22,13 @@ class Shape(Protocol):
     kind: str
     chunk_kind: str
 
-    def whole(self, index: int, text: str, reason: FinishReason) -> dict[str, Any]:
-        """A finished choice."""
+    def whole(self, piece: Piece) -> dict[str, Any]:
+        """A finished choice; the piece is all of it."""
+        ...
+
+    def around(self, pieces: list[Piece]) -> dict[str, Any]:
+        """What the answer says of its prompt, beside the choices. ``pieces``: the whole choices,
+        or none when they are streamed."""
         ...
 
     def parts(self, piece: Piece, first: bool) -> Iterator[dict[str, Any]]:
@@ -52,20 +56,20 @@ async def respond(
         events = _events(generation, shape, envelope, body.include_usage)
         return EventStream(events, on_close=generation.abort)
     try:
-        choices = await while_connected(request.receive, _collect(generation, shape))
+        pieces = await while_connected(request.receive, _collect(generation))
     finally:
         generation.abort()
-    return json_response({**envelope, "choices": choices, "usage": generation.usage()})
+    choices = [shape.whole(piece) for piece in pieces]
+    answer = {**envelope, "choices": choices, "usage": generation.usage()}
+    return json_response(answer | shape.around(pieces))
 
 
-async def _collect(generation: Generation, shape: Shape) -> list[dict[str, Any]]:
-    texts: dict[int, list[str]] = {}
-    reasons: dict[int, FinishReason] = {}
+async def _collect(generation: Generation) -> list[Piece]:
+    """Each choice in one piece, in order."""
+    found: dict[int, list[Piece]] = {}
     async for piece in generation.pieces():
-        texts.setdefault(piece.index, []).append(piece.text)
-        if piece.finish_reason is not None:
-            reasons[piece.index] = piece.finish_reason
-    return [shape.whole(i, "".join(texts[i]), reasons[i]) for i in sorted(texts)]
+        found.setdefault(piece.index, []).append(piece)
+    return [join(found[index]) for index in sorted(found)]
 
 
 async def _events(
@@ -73,10 +77,12 @@ async def _events(
 ) -> AsyncIterator[str]:
     # OpenAI: with include_usage every chunk has the field, null but in the last.
     extra: dict[str, Any] = {"usage": None} if include_usage else {}
+    around = shape.around([])  # with the first chunk
     begun: set[int] = set()
     async for piece in generation.pieces():
         for choice in shape.parts(piece, first=piece.index not in begun):
-            yield event({**envelope, "choices": [choice], **extra})
+            yield event({**envelope, "choices": [choice], **extra, **around})
+            around = {}
         begun.add(piece.index)
     if include_usage:
         yield event({**envelope, "choices": [], "usage": generation.usage()})

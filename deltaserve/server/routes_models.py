@@ -1,4 +1,4 @@
-"""GET /v1/models, /v1/stats, /health and /version"""
+"""GET /v1/models and /v1/stats"""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from deltaserve import __version__
-from deltaserve.errors import EngineDeadError
 from deltaserve.server.errors import json_response
 from deltaserve.server.requests import ServedModel, Service
 
@@ -30,16 +28,6 @@ def models_router(service: Service, created: int) -> APIRouter:
     async def stats() -> Response:
         """Load and counters of the engine. Under /v1, so that it is not open to strangers."""
         return json_response(asdict(service.client.stats()))
-
-    @router.get("/health")
-    async def health() -> Response:
-        if not service.client.alive():
-            raise EngineDeadError("the engine has stopped: restart the server")
-        return json_response({"status": "ok"})
-
-    @router.get("/version")
-    async def version() -> Response:
-        return json_response({"version": __version__})
 
     return router
 

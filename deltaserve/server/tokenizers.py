@@ -1,30 +1,25 @@
-"""What turns text into tokens and back for each served model.
-
-A delta's directory holds only the tokenizer files that differ from the base's, so a
-fine-tune's tokenizer is loaded from both directories laid over each other.
-"""
+"""What turns text into tokens and back for each served model."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from deltaserve.engine.tokenizer import (
+    TOKENIZER_CONFIG,
+    Spelling,
+    has_own_tokenizer,
+    load_tokenizer,
+)
 from deltaserve.engine.types import ModelInfo
 from deltaserve.errors import CheckpointError, RequestError
 
 CHAT_TEMPLATE = "chat_template.jinja"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
-)  # fmt: skip
-
 # What a template raises when the messages are not what it expects.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
@@ -42,14 +37,9 @@ class ModelTokenizer:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        self.special_ids = frozenset(tokenizer.all_special_ids) | {
-            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
-        self.byte_ids: frozenset[int] = frozenset()
-        if self._backend is None or "ByteFallback" in repr(self._backend.decoder):
-            vocabulary = tokenizer.get_vocab()
-            names = (f"<0x{byte:02X}>" for byte in range(256))
-            self.byte_ids = frozenset(vocabulary[name] for name in names if name in vocabulary)
+        self._spelling = Spelling(tokenizer)
+        self.special_ids = self._spelling.special_ids
+        self.byte_ids = self._spelling.byte_ids
         if self._backend is not None:
             # Settings saved with a tokenizer would cut prompts; changing them later is not
             # thread-safe.
@@ -85,6 +75,10 @@ class ModelTokenizer:
             ) from error
         return list(ids)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, alone; of a special token, its name."""
+        return self._spelling.of(token_id)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens, and without transformers' cleaning of English spaces:
         that rewrites text which a client may already have received."""
@@ -106,13 +100,13 @@ def load_tokenizers(models: Sequence[ModelInfo]) -> dict[str, ModelTokenizer]:
         CheckpointError: a tokenizer is missing or damaged.
     """
     base_dir = Path(models[0].path)
-    base = _load_tokenizer(base_dir, models[0].name)
+    base = load_tokenizer(models[0].name, [base_dir])
     loaded = {models[0].name: _model_tokenizer(base, [base_dir])}
     for model in models[1:]:
         own_dir = Path(model.path)
         own = base
-        if any((own_dir / name).is_file() for name in TOKENIZER_FILES):
-            own = _load_overlay(base_dir, own_dir, model.name)
+        if has_own_tokenizer(own_dir):
+            own = load_tokenizer(model.name, [own_dir, base_dir])
         loaded[model.name] = _model_tokenizer(own, [own_dir, base_dir])
     return loaded
 
@@ -137,23 +131,6 @@ def _template_file(directories: Iterable[Path]) -> str | None:
         if _read_json(directory / TOKENIZER_CONFIG).get("chat_template"):
             return None
     return None
-
-
-def _load_tokenizer(directory: Path, name: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{name}: no usable tokenizer in {directory}: {error}") from error
-
-
-def _load_overlay(base_dir: Path, own_dir: Path, name: str) -> PreTrainedTokenizerBase:
-    with tempfile.TemporaryDirectory(prefix="deltaserve-") as overlay:
-        for directory in (own_dir, base_dir):
-            for file in (*TOKENIZER_FILES, "config.json"):
-                link = Path(overlay, file)
-                if (directory / file).is_file() and not link.is_symlink():
-                    link.symlink_to((directory / file).resolve())
-        return _load_tokenizer(Path(overlay), name)
 
 
 def _eos_ids(tokenizer: PreTrainedTokenizerBase, directories: Sequence[Path]) -> frozenset[int]:

@@ -2,5 +2,6 @@
 
 from deltaserve.kernels.attention.batch import PagedBatch
 from deltaserve.kernels.attention.dispatch import paged_attention, write_kv
+from deltaserve.kernels.attention.tiles import TokenTile
 
-__all__ = ["PagedBatch", "paged_attention", "write_kv"]
+__all__ = ["PagedBatch", "TokenTile", "paged_attention", "write_kv"]

@@ -40,13 +40,6 @@ class PagedBatch:
     _prefill: dict[int, QueryBlocks | None] = field(default_factory=dict, init=False)
 
     @cached_property
-    def slots_RL(self) -> torch.Tensor:
-        """Slots of every context position, in order; computed once and shared by the layers."""
-        offsets = torch.arange(self.block_size, device=self.block_table_RB.device)
-        slots = self.block_table_RB[:, :, None] * self.block_size + offsets
-        return slots.flatten(1)
-
-    @cached_property
     def decode_rows(self) -> list[int]:
         """Sequences with a single new token; they are attended in one batched call."""
         return [r for r in range(len(self.context_lens)) if self._num_new(r) == 1]
@@ -57,12 +50,13 @@ class PagedBatch:
 
     @cached_property
     def decode_index(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(packed index, context length, slots up to the longest context) of the decode rows."""
+        """(packed index, context length, blocks up to the longest context) of the decode rows."""
         device = self.block_table_RB.device
         rows = torch.tensor(self.decode_rows, device=device)
         index = torch.tensor([self.query_starts[r] for r in self.decode_rows], device=device)
         lens = [self.context_lens[r] for r in self.decode_rows]
-        return index, torch.tensor(lens, device=device), self.slots_RL[rows, : max(lens)]
+        width = -(-max(lens) // self.block_size)
+        return index, torch.tensor(lens, device=device), self.block_table_RB[rows, :width]
 
     def _num_new(self, row: int) -> int:
         return self.query_starts[row + 1] - self.query_starts[row]

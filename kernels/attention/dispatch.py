@@ -8,8 +8,9 @@ from types import ModuleType
 
 import torch
 
-from deltaserve.kernels.attention import reference
+from deltaserve.kernels.attention import reference, tiles
 from deltaserve.kernels.attention.batch import PagedBatch
+from deltaserve.kernels.attention.tiles import TokenTile
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def paged_attention(
     q_THD: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    batch: PagedBatch,
+    batch: PagedBatch | TokenTile,
     *,
     scale: float,
     window: int | None = None,
@@ -42,8 +43,12 @@ def paged_attention(
 ) -> torch.Tensor:
     """Causal attention of every packed token over its own sequence -> [T, H, D].
 
-    See ``reference``.
+    See ``reference``; of a ``TokenTile``, see ``tiles``.
     """
+    if isinstance(batch, TokenTile):
+        return tiles.paged_attention(
+            q_THD, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap
+        )
     implementation = pick(q_THD.device.type, q_THD.dtype, q_THD.shape[-1])
     out_THD: torch.Tensor = implementation.paged_attention(
         q_THD, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap

@@ -42,24 +42,34 @@ def paged_attention(
     """
     out_THD = torch.empty_like(q_THD)
     if batch.decode_rows:
-        index, lens, slots = batch.decode_index
-        out_THD[index] = _decode(
-            q_THD[index], k_cache, v_cache, slots, lens, scale, window, softcap
-        )
+        index, lens, table = batch.decode_index
+        k, v = (_gather(cache, table, batch.block_size) for cache in (k_cache, v_cache))
+        out_THD[index] = _decode(q_THD[index], k, v, lens, scale, window, softcap)
     for row in batch.prefill_rows:
         start, end = batch.query_starts[row], batch.query_starts[row + 1]
-        slots = batch.slots_RL[row, : batch.context_lens[row]]
-        out_THD[start:end] = _prefill(
-            q_THD[start:end], k_cache[slots], v_cache[slots], scale, window, softcap
+        context_len = batch.context_lens[row]
+        table = batch.block_table_RB[row : row + 1, : -(-context_len // batch.block_size)]
+        k, v = (
+            _gather(cache, table, batch.block_size)[0, :context_len] for cache in (k_cache, v_cache)
         )
+        out_THD[start:end] = _prefill(q_THD[start:end], k, v, scale, window, softcap)
     return out_THD
+
+
+def _gather(cache: torch.Tensor, table_RB: torch.Tensor, block_size: int) -> torch.Tensor:
+    """What the blocks of each sequence hold -> [R, B * block_size, G, D].
+
+    By whole blocks: copying token by token takes six times as long.
+    """
+    blocks = cache.view(-1, block_size * cache[0].numel())
+    held = blocks.index_select(0, table_RB.flatten())
+    return held.view(len(table_RB), -1, *cache.shape[1:])
 
 
 def _decode(
     q_RHD: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slots_RL: torch.Tensor,
+    k_RLGD: torch.Tensor,
+    v_RLGD: torch.Tensor,
     lens_R: torch.Tensor,
     scale: float,
     window: int | None,
@@ -67,11 +77,10 @@ def _decode(
 ) -> torch.Tensor:
     """One query per sequence; the query heads that share a key head are its 'queries'."""
     num_rows, num_heads, head_dim = q_RHD.shape
-    num_kv_heads = k_cache.shape[1]
+    num_kv_heads = k_RLGD.shape[2]
     q = q_RHD.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    k = k_cache[slots_RL].transpose(1, 2)
-    v = v_cache[slots_RL].transpose(1, 2)
-    position_L = torch.arange(slots_RL.shape[1], device=q.device)
+    k, v = k_RLGD.transpose(1, 2), v_RLGD.transpose(1, 2)
+    position_L = torch.arange(k_RLGD.shape[1], device=q.device)
     mask_RL = position_L < lens_R[:, None]
     if window is not None:
         mask_RL &= position_L >= lens_R[:, None] - window

@@ -3,5 +3,6 @@
 from deltaserve.kernels.delta_matmul.chunks import BASE_SLOT, RowChunks, Segment, cut
 from deltaserve.kernels.delta_matmul.dispatch import delta_matmul
 from deltaserve.kernels.delta_matmul.grouped import GroupedDeltas
+from deltaserve.kernels.delta_matmul.layout import Operand as LaidOut
 
-__all__ = ["BASE_SLOT", "GroupedDeltas", "RowChunks", "Segment", "cut", "delta_matmul"]
+__all__ = ["BASE_SLOT", "GroupedDeltas", "LaidOut", "RowChunks", "Segment", "cut", "delta_matmul"]

@@ -20,8 +20,9 @@ def supports(enc: Encoded) -> bool:
     if enc.codec != "int" or not enc.params["symmetric"] or enc.params["bits"] not in (1, 2, 4):
         return False
     _, columns = matrix_shape(enc.shape)
-    num_groups = enc.tensors["scales"].shape[-1]
-    return columns % (8 // enc.params["bits"]) == 0 and columns % num_groups == 0
+    group_size = enc.params["group_size"] if enc.params["scale_axis"] == "group" else 0
+    # Not by the number of groups: 20 columns in groups of 16 are 16 and 4, not twice 10.
+    return columns % (8 // enc.params["bits"]) == 0 and columns % (group_size or columns) == 0
 
 
 def delta_matmul(y_TN: torch.Tensor, x_TK: torch.Tensor, enc: Encoded) -> None:

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from deltaserve.artifact.codecs.base import Encoded
-from deltaserve.kernels.delta_matmul import cpu, layout, reference
+from deltaserve.kernels.delta_matmul import cpu, int4, layout, reference
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +17,9 @@ def delta_matmul(
     y_TN: torch.Tensor, x_TK: torch.Tensor, enc: Encoded, bias_N: torch.Tensor | None = None
 ) -> None:
     """Turn y, the base's output for x, into the fine-tune's, in place. See ``reference``."""
-    if x_TK.device.type == "cpu" and cpu.supports(enc):
+    if enc.codec == int4.CODEC:
+        int4.delta_matmul(y_TN, x_TK, enc)
+    elif x_TK.device.type == "cpu" and cpu.supports(enc):
         cpu.delta_matmul(y_TN, x_TK, enc)
     else:
         reference.delta_matmul(y_TN, x_TK, enc, bias_N)

@@ -67,14 +67,25 @@ class GroupedDeltas:
         return sum(len(table.operands) for table in self.tables.values())
 
     def attach(self, slot: int, enc: Encoded) -> bool:
-        """Lay the operand out for its kernel; False if none takes it."""
-        if not dispatch.has_kernels(self.base_NK):
-            return False
+        """Lay the operand out for its kernel and put it there; False if none takes it."""
+        operand = self.prepare(enc) if self.serves_layer() else None
+        if operand is not None:
+            self.put(slot, operand)
+        return operand is not None
+
+    def serves_layer(self) -> bool:
+        """Whether there are kernels for this layer's device and dtype."""
+        return dispatch.has_kernels(self.base_NK)
+
+    def prepare(self, enc: Encoded) -> Operand | None:
+        """The operand as its kernel wants it, None if no kernel takes it. In any thread."""
         if not dispatch.takes_kernel(self.name, enc, self.base_NK.dtype, bias=self.bias):
-            return False
-        operand = lay_out(enc)
+            return None
+        return lay_out(enc)
+
+    def put(self, slot: int, operand: Operand) -> None:
+        """Cheap: an entry in a table."""
         self.tables.setdefault(operand.kind, Table.empty(self.base_NK.device)).put(slot, operand)
-        return True
 
     def detach(self, slot: int) -> None:
         for kind, table in list(self.tables.items()):

@@ -1,5 +1,6 @@
 """Picking the next token."""
 
-from deltaserve.kernels.sampling.reference import counter_uniform, sample
+from deltaserve.kernels.sampling.batched import Draw, sample
+from deltaserve.kernels.sampling.reference import counter_uniform
 
-__all__ = ["counter_uniform", "sample"]
+__all__ = ["Draw", "counter_uniform", "sample"]

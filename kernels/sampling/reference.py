@@ -34,22 +34,34 @@ def sample(
 ) -> torch.Tensor:
     """Token of each row: argmax where temperature is 0, else one inverse-CDF draw.
 
-    top_k 0 and top_p 1 are off. top_p keeps the smallest set of tokens whose probability
-    reaches it (after top_k), always at least one. uniform_R in [0, 1), float64.
+    top_k 0 and top_p 1 are off. top_k keeps what is as likely as the k-th (ties stay, as in
+    transformers), then top_p the smallest set of tokens whose probability reaches it, always at
+    least one. Where either is on, the CDF runs from the likeliest token down, among equals by
+    id; else in the order of the vocabulary, which needs no sorting. uniform_R in [0, 1), float64.
+    Weights are float32, their sums float64.
     """
     greedy_R = temperature_R == 0
-    if bool(greedy_R.all()):
-        return logits_RV.argmax(dim=-1)
     safe_R1 = torch.where(greedy_R, torch.ones_like(temperature_R), temperature_R)[:, None]
-    scaled, order = (logits_RV.float() / safe_R1).sort(dim=-1, descending=True, stable=True)
-    rank_V = torch.arange(scaled.shape[-1], device=scaled.device)
-    cut_R1 = torch.where(top_k_R > 0, top_k_R, scaled.shape[-1])[:, None]
-    probs = scaled.masked_fill(rank_V >= cut_R1, float("-inf")).softmax(-1, dtype=torch.float64)
-    before = probs.cumsum(-1) - probs
-    probs = probs.masked_fill((before >= top_p_R[:, None]) & (rank_V > 0), 0.0)
-    cdf = probs.cumsum(-1)
-    picked = torch.searchsorted(cdf, (uniform_R * cdf[:, -1])[:, None], right=True)
-    # Rounding may push the draw past the last kept token.
-    last_kept = (probs > 0).sum(-1, keepdim=True) - 1
-    drawn = order.gather(-1, torch.minimum(picked, last_kept))[:, 0]
-    return torch.where(greedy_R, logits_RV.argmax(dim=-1), drawn)
+    scaled_RV = logits_RV.float() / safe_R1
+    in_vocabulary = torch.arange(scaled_RV.shape[1], device=scaled_RV.device)
+    cut_R1 = ((top_k_R > 0) | (top_p_R < 1))[:, None]
+    order = torch.where(
+        cut_R1, scaled_RV.argsort(dim=-1, descending=True, stable=True), in_vocabulary
+    )
+    values = scaled_RV.gather(1, order)
+    weights = torch.exp(values - values.amax(-1, keepdim=True)).double()
+    kth_R1 = values.gather(1, (top_k_R.clamp(1, values.shape[1]) - 1)[:, None])
+    weights.masked_fill_((top_k_R > 0)[:, None] & (values < kth_R1), 0.0)
+    before = weights.cumsum(-1) - weights
+    reached = before >= top_p_R[:, None] * weights.sum(-1, keepdim=True)
+    weights.masked_fill_((top_p_R < 1)[:, None] & reached & (in_vocabulary > 0), 0.0)
+    picked = pick(weights.cumsum(-1), uniform_R)
+    return torch.where(greedy_R, logits_RV.argmax(dim=-1), order.gather(1, picked)[:, 0])
+
+
+def pick(cdf_RN: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
+    """[R, 1]: where a draw falls in an unnormalised CDF; never on a weight of zero."""
+    total_R1 = cdf_RN[:, -1:]
+    picked = torch.searchsorted(cdf_RN, uniform_R[:, None] * total_R1, right=True)
+    # Rounding may push the draw past the last weight that counts.
+    return torch.minimum(picked, (cdf_RN < total_R1).sum(-1, keepdim=True))

@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import torch
@@ -52,12 +54,15 @@ def deltas(checkpoints: dict[str, Path]) -> dict[str, Path]:
     return {name: out / name for name in ("alpha", "beta")}
 
 
-def start(checkpoints: dict[str, Path], deltas: dict[str, Path]) -> tuple[subprocess.Popen, str]:
+def start(
+    checkpoints: dict[str, Path], deltas: dict[str, Path], *options: str
+) -> tuple[subprocess.Popen, str]:
     """The command in its own process, and its URL once it is ready."""
     command = [sys.executable, "-m", "deltaserve", "serve", str(checkpoints["base"])]
     for name, path in deltas.items():
         command += ["--delta", f"{name}={path}"]
     command += ["--port", "0", "--device", "cpu", "--kv-cache-memory-bytes", str(1 << 24)]
+    command += options
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     lines = []
     for line in process.stdout or ():
@@ -67,9 +72,11 @@ def start(checkpoints: dict[str, Path], deltas: dict[str, Path]) -> tuple[subpro
     raise AssertionError(f"the server ended with {process.wait()}: {lines}")
 
 
-@pytest.fixture(scope="module")
-def url(checkpoints: dict[str, Path], deltas: dict[str, Path]) -> Iterator[str]:
-    process, url = start(checkpoints, deltas)
+@pytest.fixture(scope="module", params=["--engine-process", "--no-engine-process"])
+def url(
+    request: pytest.FixtureRequest, checkpoints: dict[str, Path], deltas: dict[str, Path]
+) -> Iterator[str]:
+    process, url = start(checkpoints, deltas, request.param)
     yield url
     process.terminate()
     assert process.wait(20) == 0
@@ -125,6 +132,45 @@ def test_stream_equals_whole_and_seed_repeats(client, model):
     assert texts[0] != texts[1]
 
 
+@pytest.mark.parametrize("model", ["base", "alpha", "beta"])
+def test_answers_are_scored_as_lm_eval_asks(client, checkpoints, model):
+    """The request of ``lm_eval --model local-completions`` for log-likelihoods: tokens in, and
+    the logprobs of all but the generated one out."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints[model])
+    questions = [("add: 12+34", " 46"), ("sort: hello", " ehllo"), ("add: 12+34", " 47")]
+    prompts = [tokenizer(q + a).input_ids for q, a in questions]
+    starts = [len(tokenizer(q).input_ids) for q, _ in questions]
+    answer = client.completions.create(
+        model=model, prompt=prompts, temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True
+    )
+    checkpoint = AutoModelForCausalLM.from_pretrained(checkpoints[model], dtype=torch.float32)
+    for ids, start, choice in zip(prompts, starts, answer.choices, strict=True):
+        scores = checkpoint.eval()(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = [scores[i - 1, ids[i]].item() for i in range(start, len(ids))]
+        assert choice.logprobs.token_logprobs[start:-1] == pytest.approx(expected, abs=1e-4)
+        greedy = [int(scores[i - 1].argmax()) == ids[i] for i in range(start, len(ids))]
+        tops = choice.logprobs.top_logprobs[start:-1]
+        found = [
+            own == max(top.values())
+            for own, top in zip(choice.logprobs.token_logprobs[start:-1], tops, strict=True)
+        ]
+        assert found == greedy
+
+
+def test_structured_answers_of_mixed_models(client):
+    def ask(model: str) -> str:
+        return client.completions.create(
+            model=model, prompt="x", temperature=1.5, logprobs=1,
+            extra_body={"guided_choice": ["yes", "no: 1"]},
+        ).choices[0].text  # fmt: skip
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(ask, ["base", "alpha", "beta"] * 2))
+    assert set(found) <= {"yes", "no: 1"}
+    with pytest.raises(openai.BadRequestError, match="guided_regex: not a usable regex"):
+        client.completions.create(model="base", prompt="x", extra_body={"guided_regex": "("})
+
+
 def test_chat_uses_the_fine_tunes_own_template(client):
     messages = [{"role": "user", "content": "abc"}]
     tokens = {
@@ -161,6 +207,86 @@ def test_interrupt_while_streaming(checkpoints, deltas):
     assert process.wait(20) == 0
     assert process.stdout is not None
     assert "DeltaServe stopped." in process.stdout.read()
+
+
+def engine_of(server: subprocess.Popen) -> list[int]:
+    """The server's child processes."""
+    children = Path(f"/proc/{server.pid}/task").glob("*/children")
+    return [int(pid) for file in children for pid in file.read_text().split()]
+
+
+def gone(pid: int) -> bool:
+    try:
+        return "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_killed_engine_comes_back_and_a_killed_server_takes_it_along(checkpoints, deltas):
+    server, url = start(checkpoints, deltas)
+    with (
+        httpx.Client(base_url=url) as http,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
+    ):
+        assert http.get("/ready").status_code == 200
+        ask = {"model": "beta", "prompt": "x", "temperature": 0}
+        before = client.completions.create(**ask).choices[0].text
+        stream = client.completions.create(**ask, max_tokens=200, stream=True)
+        next(iter(stream))
+        for pid in engine_of(server):
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="was killed by SIGKILL"):
+            list(stream)
+        assert http.get("/ready").status_code == 503
+        assert http.get("/health").json() == {"status": "recovering"}
+        with pytest.raises(openai.InternalServerError, match="being started again"):
+            client.completions.create(**ask)
+        wait_until(lambda: http.get("/ready").status_code == 200)
+        assert client.completions.create(**ask).choices[0].text == before
+    children = engine_of(server)
+    assert children
+    server.kill()
+    server.wait()
+    wait_until(lambda: all(map(gone, children)), 3.0)
+
+
+def test_what_does_not_end_in_time_is_told_why(checkpoints, deltas):
+    server, url = start(checkpoints, deltas, "--drain-timeout-s", "0.3")
+    with (
+        httpx.Client(base_url=url) as http,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
+    ):
+        ask = {"model": "beta", "prompt": "x", "n": 64, "extra_body": {"ignore_eos": True}}
+        stream = client.completions.create(**ask, max_tokens=200, stream=True)
+        next(iter(stream))
+        server.send_signal(signal.SIGTERM)
+        wait_until(lambda: http.get("/ready").status_code == 503)
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            client.completions.create(model="beta", prompt="x")
+        with pytest.raises(openai.APIError, match=r"did not end within 0\.3 s"):
+            list(stream)
+    assert server.wait(20) == 0
+
+
+def test_a_second_signal_ends_it_at_once(checkpoints, deltas):
+    server, url = start(checkpoints, deltas, "--drain-timeout-s", "600")
+    children = engine_of(server)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        ask = {"model": "beta", "prompt": "x", "n": 64, "extra_body": {"ignore_eos": True}}
+        stream = client.completions.create(**ask, max_tokens=200, stream=True)
+        next(iter(stream))
+        server.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(10) == 0
+    assert all(map(gone, children))
 
 
 def test_bad_starts(checkpoints, deltas, capfd, monkeypatch):

@@ -47,7 +47,7 @@ def make(
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("columns", [48, 37])
+@pytest.mark.parametrize("columns", [48, 37, 20])
 @pytest.mark.parametrize(("codec", "params"), CASES)
 def test_matmul(codec: str, params: dict[str, Any], columns: int, bias: bool) -> None:
     base, enc, tuned = make(codec, params, 21, base_rows=21, columns=columns)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMa
 
 from deltaserve.compress.run import compress
 from deltaserve.engine.families import context_limit
+from deltaserve.engine.layers import part_of
 from deltaserve.errors import (
     ArtifactError,
     BaseMismatchError,
@@ -80,12 +81,12 @@ def test_a_changed_byte_is_noticed(base: Path, delta: Path, tmp_path: Path) -> N
 
 def test_a_parameter_that_no_layer_has_is_named_and_nothing_stays(base: Path, delta: Path) -> None:
     engine = make_engine(base, {})
-    modules = engine.residency._modules
+    modules = engine.residency.maker.modules
     norm = modules.pop("model.norm")
     with pytest.raises(ArtifactError, match=r"model\.norm\.weight"):
-        engine.residency.load("tune", str(delta))
-    assert not engine.residency.residents
-    assert not any(module.weights for module in [*modules.values(), norm])
+        engine.register("tune", str(delta))
+    assert [model.name for model in engine.models()] == [BASE]
+    assert not any(part_of(module)[0].weights for module in [*modules.values(), norm])
 
 
 def test_sizes_that_cannot_work_are_refused_with_numbers(base: Path) -> None:

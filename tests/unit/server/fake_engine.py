@@ -11,6 +11,7 @@ from deltaserve.engine.types import (
     FinishReason,
     ModelInfo,
     TokenEvent,
+    TokenLogprobs,
 )
 from deltaserve.errors import EngineDeadError
 
@@ -20,9 +21,27 @@ KEY = "sk-correct-horse"
 Script = Callable[[EngineRequest], Iterable[TokenEvent]]
 
 
+def scored(token: int, num_top: int | None) -> tuple[TokenLogprobs, ...] | None:
+    """Each token is its own likeliest, and the more likely the smaller its id."""
+    if num_top is None:
+        return None
+    logprob = -0.01 * (token + 1)
+    top = tuple((other, logprob - other) for other in range(1, num_top))
+    return (TokenLogprobs(token, logprob, 1, ((token, logprob), *top)[:num_top]),)
+
+
 def echo(request: EngineRequest) -> Iterable[TokenEvent]:
     """The prompt again, a token at a time, then the end-of-sequence token."""
-    limit = request.sampling.max_tokens
+    sampling = request.sampling
+    of_prompt = None
+    if sampling.prompt_logprobs is not None:
+        rest = request.prompt_ids[1:]
+        of_prompt = tuple(
+            one for token in rest for one in scored(token, sampling.prompt_logprobs) or ()
+        )
+    limit = sampling.max_tokens
+    if limit == 0:
+        yield TokenEvent(request.request_id, (), FinishReason.LENGTH, prompt_logprobs=of_prompt)
     answer = [*request.prompt_ids, min(request.sampling.stop_token_ids)]
     for count, token in enumerate(answer[:limit], start=1):
         reason = None
@@ -30,7 +49,11 @@ def echo(request: EngineRequest) -> Iterable[TokenEvent]:
             reason = FinishReason.STOP
         elif count == limit:
             reason = FinishReason.LENGTH
-        yield TokenEvent(request.request_id, (token,), reason)
+        found = scored(token, sampling.logprobs)
+        yield TokenEvent(
+            request.request_id, (token,), reason, logprobs=found, prompt_logprobs=of_prompt
+        )
+        of_prompt = None
 
 
 class FakeEngine:
@@ -45,7 +68,7 @@ class FakeEngine:
     def reset(self) -> None:
         self.script: Script = echo
         self.pause = 0.0
-        self.dead = False
+        self.dead = self.restarting = False
         self.submitted: list[EngineRequest] = []
         self.aborted: list[str] = []
         self.streaming: set[str] = set()
@@ -77,5 +100,8 @@ class FakeEngine:
     def alive(self) -> bool:
         return not self.dead
 
-    def close(self) -> None:
+    def recovering(self) -> bool:
+        return self.dead and self.restarting
+
+    def close(self, reason: str = "") -> None:
         pass

@@ -62,9 +62,8 @@ def test_numbers_that_are_none(http, field, number):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("logprobs", 0), ("logprobs", 5), ("bad_words", ["x"]), ("length_penalty", 2),
-        ("logprobs", True), ("best_of", 2), ("echo", True), ("suffix", "x"),
-        ("guided_regex", "a*"), ("response_format", {"type": "json_object"}),
+        ("bad_words", ["x"]), ("length_penalty", 2), ("best_of", 2), ("suffix", "x"),
+        ("top_logprobs", 3),
         ("store", True), ("store", 0),
         ("invented", 1), ("invented", None), ("Temperature", 0),
     ],
@@ -84,6 +83,9 @@ def test_fields_that_are_not_supported_are_refused_by_name(http, engine, field, 
         ("stop_token_ids", 5), ("stop_token_ids", [-1]), ("stop_token_ids", [0] * 129),
         ("logit_bias", {"x": 1}), ("logit_bias", {"99999999": 1}), ("logit_bias", {"-1": 1}),
         ("logit_bias", {"\u0665": 1}), ("logit_bias", {"5": 101}), ("logit_bias", [1]),
+        ("logprobs", True), ("logprobs", -1), ("logprobs", 21), ("logprobs", "5"),
+        ("prompt_logprobs", -1), ("prompt_logprobs", 21), ("prompt_logprobs", True),
+        ("echo", 1), ("return_token_ids", "yes"),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(http, engine, field, value):
@@ -122,6 +124,32 @@ def test_fields_without_effect_are_accepted(http):
 def test_wrong_messages(http, engine, field, value):
     refused(http.post(CHAT, json=CONVERSATION | {"messages": value}), param=field)
     assert engine.submitted == []
+
+
+@pytest.mark.parametrize(
+    ("field", "body"),
+    [
+        ("top_logprobs", {"top_logprobs": 2}),
+        ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
+        ("top_logprobs", {"logprobs": False, "top_logprobs": 1}), ("logprobs", {"logprobs": 3}),
+        ("echo", {"echo": True}), ("max_tokens", {"max_tokens": 0}),
+        ("prompt_logprobs", {"prompt_logprobs": 1, "stream": True}),
+    ],
+)  # fmt: skip
+def test_what_is_asked_of_tokens_must_make_sense(http, engine, field, body):
+    refused(http.post(CHAT, json=CONVERSATION | body), param=field)
+    assert engine.submitted == []
+
+
+def test_nothing_is_generated_only_where_the_prompt_is_answered(http, engine):
+    refused(http.post(COMPLETIONS, json=COMPLETION | {"max_tokens": 0}), param="max_tokens")
+    refused(
+        http.post(COMPLETIONS, json=COMPLETION | {"max_tokens": 0, "echo": False, "logprobs": 1}),
+        param="max_tokens",
+    )
+    for asked in ({"echo": True}, {"prompt_logprobs": 0}):
+        http.post(COMPLETIONS, json=COMPLETION | {"max_tokens": 0} | asked).raise_for_status()
+    assert [r.sampling.max_tokens for r in engine.submitted] == [0, 0]
 
 
 def test_conflicting_limits(http):

@@ -58,6 +58,11 @@ def test_paths_in_a_file_start_at_the_file(tmp_path):
     assert [d.path for d in config.engine.deltas] == [str(tmp_path / "sub/one"), "/abs"]
 
 
+def test_durations_may_be_whole_numbers(tmp_path):
+    config = config_of(tmp_path, "base: m\nmax-wait-s: 60\nslo_tpot_ms: 12.5")
+    assert (config.engine.max_wait_s, config.engine.slo_tpot_ms) == (60, 12.5)
+
+
 def test_the_example_is_valid():
     config = load_config({}, ROOT / "configs" / "serve.yaml")
     assert config.engine.served_model_name == "base"
@@ -92,6 +97,13 @@ def test_the_example_is_valid():
         ("[1, 2]", "must hold a mapping"),
         ("base: [", "not valid YAML"),
         ("base: m\nhost: ''", "host is empty"),
+        ("base: m\nscheduling-policy: lottery", "must be one of fcfs, priority, vtc"),
+        ("base: m\nmax-queued-requests: 0", "max_queued_requests is 0, but must be at least 1"),
+        ("base: m\nmax-queued-tokens: -5", "max_queued_tokens is -5, but must be at least 1"),
+        ("base: m\nslo-tpot-ms: 0", "slo_tpot_ms is 0, but must be a number above 0"),
+        ("base: m\nslo-tpot-ms: fast", "slo_tpot_ms is 'fast', but must be a number"),
+        ("base: m\nmax-wait-s: .inf", "max_wait_s is inf, but must be a number above 0"),
+        ("base: m\nmax-wait-s: .nan", "max_wait_s is nan, but must be a number above 0"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, text, message):

@@ -1,0 +1,129 @@
+"""The engine's process, ``python -m deltaserve.engine.child DIRECTORY``: see EngineProcess."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import zmq
+
+from deltaserve.engine.messages import (
+    SCHEMA,
+    Command,
+    Failed,
+    Failure,
+    Hello,
+    Loading,
+    Report,
+    Start,
+)
+from deltaserve.engine.wire import decode, encode
+from deltaserve.errors import DeltaServeError
+
+SPARE_NAME, NAME = b"deltaserve-idle", b"deltaserve-eng"  # the kernel keeps 15 bytes
+FAREWELL_MILLISECONDS = 2000
+"""How long the last reports may take to leave."""
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+
+logger = logging.getLogger("deltaserve.engine")
+
+
+class Link:
+    """The two sockets to the process that started this one."""
+
+    def __init__(self, directory: Path) -> None:
+        self._context = zmq.Context()
+        self._commands = self._connect(zmq.PULL, directory / "commands")
+        self._reports = self._connect(zmq.PUSH, directory / "reports")
+
+    def send(self, report: Report) -> None:
+        self._reports.send_multipart(encode(report))
+
+    def receive(self, seconds: float | None) -> list[Command]:
+        """As loop.Receive: all commands that have come."""
+        commands: list[Command] = []
+        if self._commands.poll(None if seconds is None else int(seconds * 1000)):
+            while self._commands.poll(0):
+                commands.append(decode(self._commands.recv_multipart()))
+        return commands
+
+    def close(self) -> None:
+        self._context.destroy(linger=FAREWELL_MILLISECONDS)
+
+    def _connect(self, kind: int, path: Path) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.set(zmq.SNDHWM, 0)
+        socket.set(zmq.RCVHWM, 0)
+        socket.connect(f"ipc://{path}")
+        return socket
+
+
+def main(directory: Path) -> int:
+    """Serve until told to stop; the exit code."""
+    # The server decides: it may want to drain, and if it goes, this process goes with it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(directory,), daemon=True).start()
+    link = Link(directory)
+    link.send(Hello(SCHEMA))
+    try:
+        return _serve(link)
+    finally:
+        link.close()
+
+
+def _serve(link: Link) -> int:
+    from deltaserve.engine.core import Engine  # seconds: after Hello
+    from deltaserve.engine.loop import EngineLoop
+
+    _prctl(PR_SET_NAME, SPARE_NAME)
+    (start,) = link.receive(None)
+    assert isinstance(start, Start)
+    _prctl(PR_SET_NAME, NAME)
+    logging.basicConfig(
+        level=start.log_level, format="%(asctime)s engine: %(message)s", datefmt="%H:%M:%S"
+    )
+    link.send(Loading())
+    try:
+        engine = Engine(start.config)
+        for delta in start.restore:
+            try:
+                engine.register(delta.name, delta.path, delta.pinned)
+            except DeltaServeError as error:
+                logger.error("the delta %s is not served any more: %s", delta.name, error)
+        # Only now, when the directory is gone: what is killed cannot clean up.
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        EngineLoop(engine, link.receive, link.send).run()
+    except DeltaServeError as error:
+        link.send(Failed(Failure.of(error)))
+        return 1
+    except Exception as error:
+        logger.exception("the engine failed")
+        link.send(Failed(Failure.of(error)))
+        return 1
+    return 0
+
+
+def _end_with_parent(directory: Path) -> None:
+    """Standard input ends when the process at its other end does, even if that was killed."""
+    os.read(sys.stdin.fileno(), 1)
+    shutil.rmtree(directory, ignore_errors=True)
+    os._exit(1)
+
+
+def _prctl(option: int, value: int | bytes) -> None:
+    """Linux only; elsewhere the name is Python's, and the pipe alone tells of the parent's end."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]))
+    logging.shutdown()
+    os._exit(code)  # taking torch apart would last a second, and there is nothing left to save

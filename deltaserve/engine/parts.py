@@ -1,0 +1,47 @@
+"""What residency works with, so that its decisions can be tested without files and layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from deltaserve.artifact.reader import Delta
+from deltaserve.engine.loader import Background
+from deltaserve.engine.operands import Needs, Operands
+from deltaserve.engine.probe import Savings
+from deltaserve.engine.versions import DeltaVersion
+
+
+class Source(Protocol):
+    """Where artifacts come from. ``read`` runs in a background thread."""
+
+    def open(self, path: str) -> Delta: ...
+
+    def read(self, version: DeltaVersion) -> Delta: ...
+
+
+class Maker(Protocol):
+    """What becomes of them. All but ``needs`` runs in a background thread."""
+
+    def needs(self, delta: Delta) -> Needs: ...
+
+    def make(self, delta: Delta) -> Operands: ...
+
+    def merge(self, delta: Delta) -> Operands: ...
+
+
+class Gauge(Protocol):
+    """What merging would save. Runs in a background thread, after ``make``."""
+
+    def savings(self, operands: Operands) -> Savings: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """base: as requests are bound to it."""
+
+    source: Source
+    maker: Maker
+    gauge: Gauge
+    loader: Background
+    base: DeltaVersion

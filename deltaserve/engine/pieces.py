@@ -1,0 +1,75 @@
+"""What a layer is given of a delta: stored parameters, and where among its outputs they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+
+from deltaserve.artifact.codecs.base import Encoded
+from deltaserve.artifact.manifest import TensorEntry
+from deltaserve.kernels.delta_matmul import LaidOut, int4
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A stored parameter that changes a layer's outputs from ``start`` on."""
+
+    start: int
+    operand: Encoded | LaidOut
+
+    @property
+    def enc(self) -> Encoded:
+        return self.operand.enc if isinstance(self.operand, LaidOut) else self.operand
+
+    @property
+    def values(self) -> torch.Tensor:
+        """Of a parameter that is kept as it is."""
+        return self.enc.tensors["values"]
+
+    @cached_property
+    def outputs(self) -> slice:
+        return slice(self.start, self.start + self.enc.shape[0])
+
+
+Pieces = tuple[Piece, ...]
+
+
+def join(pieces: Pieces, dtype: torch.dtype) -> Pieces:
+    """On a CPU: whole weights of neighbouring outputs as one, and ``int`` as its operator reads it.
+
+    pieces: of one layer, by ``start``.
+    """
+    encs = [piece.enc for piece in pieces]
+    if _adjacent(pieces) and int4.fusable(encs):
+        return tuple(Piece(pieces[0].start, enc) for enc in int4.pack(encs, dtype))
+    if _adjacent(pieces) and all(enc.codec == "raw" for enc in encs):
+        values = pieces[0].values
+        if len(pieces) > 1:
+            values = torch.cat([piece.values for piece in pieces])
+        whole = replace(encs[0], shape=tuple(values.shape), tensors={"values": values})
+        return (Piece(pieces[0].start, whole),)
+    return tuple(
+        Piece(piece.start, enc)
+        for piece in pieces
+        for enc in (int4.pack([piece.enc], dtype) if int4.supports(piece.enc) else [piece.enc])
+    )
+
+
+def packed_bytes(
+    starts: Sequence[int], entries: Sequence[TensorEntry], dtype: torch.dtype
+) -> tuple[int, list[int]]:
+    """Size of what ``join`` packs anew, and which of the entries it leaves as they are."""
+    ends = [start + entry.shape[0] for start, entry in zip(starts, entries, strict=True)]
+    if list(starts[1:]) == ends[:-1] and int4.fusable(entries):
+        return int4.packed_bytes(entries, dtype), []
+    left = [i for i, entry in enumerate(entries) if not int4.supports(entry)]
+    packed = [[entry] for i, entry in enumerate(entries) if i not in left]
+    return sum(int4.packed_bytes(entry, dtype) for entry in packed), left
+
+
+def _adjacent(pieces: Pieces) -> bool:
+    return all(a.outputs.stop == b.start for a, b in pairwise(pieces))

@@ -1,0 +1,128 @@
+"""Delta matmul of ``int`` up to 4 bits on a CPU, by torch's own 4-bit matmul.
+
+T rows, K inputs, N outputs, G groups per row. The operator multiplies by
+``(code - 8) * scale + zero`` with codes of 4 bits. The codecs' symmetric levels,
+``(q - (2^b - 1) / 2) * s``, are the same numbers as ``(2q - (2^b - 1)) * (s / 2)``: up to 3 bits
+these odd integers fit between -8 and 7, and with 4 bits a zero of ``s / 2`` does it, so nothing
+is rounded. The weights are read at 4 bits and never unpacked into memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from deltaserve.artifact.codecs.base import Encoded, matrix_shape
+from deltaserve.artifact.packing import unpack_bits
+
+CODEC = "int4"
+"""Of operands in this layout; it is not a codec of artifacts."""
+GROUP_SIZES = (256, 128, 64, 32)
+ROW_MULTIPLE = 16
+_INNER_TILES = 1  # the CPU operator knows one layout only
+
+
+class Stored(Protocol):
+    """A stored parameter, or what a manifest says of it."""
+
+    @property
+    def codec(self) -> str: ...
+    @property
+    def params(self) -> dict[str, Any]: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def supports(enc: Stored) -> bool:
+    """Symmetric, 1 to 4 bits, scales per group, row or tensor, in shapes the operator takes."""
+    if enc.codec != "int" or not enc.params["symmetric"] or enc.params["bits"] > 4:
+        return False
+    rows, _ = matrix_shape(enc.shape)
+    return rows % ROW_MULTIPLE == 0 and _group_size([enc]) is not None
+
+
+def fusable(encs: Sequence[Stored]) -> bool:
+    """Whether operands that share their input can be one, their outputs side by side."""
+    return (
+        all(supports(enc) for enc in encs)
+        and len({enc.params["planes"] for enc in encs}) == 1
+        and _group_size(encs) is not None
+    )
+
+
+def pack(encs: Sequence[Encoded], dtype: torch.dtype) -> list[Encoded]:
+    """``int`` matrices that share their K inputs as one, for activations in ``dtype``; by plane.
+
+    packed uint8 [N, K / 2] in the operator's own order; scales [G, N, 2]: scale and zero.
+    """
+    size = _group_size(encs)
+    assert size is not None, "ask supports or fusable first"
+    shape = (sum(matrix_shape(enc.shape)[0] for enc in encs), matrix_shape(encs[0].shape)[1])
+    planes = []
+    for plane in range(encs[0].params["planes"]):
+        codes = torch.cat([_codes(enc, plane) for enc in encs])
+        tensors = {
+            "packed": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, _INNER_TILES),
+            "scales": torch.cat([_scales(enc, plane, size, dtype) for enc in encs], dim=1),
+        }
+        planes.append(Encoded(CODEC, {"group_size": size}, shape, dtype, tensors))
+    return planes
+
+
+def packed_bytes(encs: Sequence[Stored], dtype: torch.dtype) -> int:
+    """Size of what ``pack`` makes."""
+    size = _group_size(encs)
+    assert size is not None, "ask supports or fusable first"
+    rows = sum(matrix_shape(enc.shape)[0] for enc in encs)
+    columns = matrix_shape(encs[0].shape)[1]
+    scales = 2 * rows * (columns // size) * dtype.itemsize
+    return int(encs[0].params["planes"]) * (rows * columns // 2 + scales)
+
+
+def delta_matmul(y_TN: torch.Tensor, x_TK: torch.Tensor, enc: Encoded) -> None:
+    """Add ``x @ delta^T`` to y in place."""
+    packed, scales = enc.tensors["packed"], enc.tensors["scales"]
+    size = enc.params["group_size"]
+    y_TN.add_(torch.ops.aten._weight_int4pack_mm_for_cpu(x_TK, packed, size, scales))
+
+
+def _group_size(encs: Sequence[Stored]) -> int | None:
+    """The largest group that the operator takes and that no scale of any matrix crosses."""
+    sizes = [_columns_per_scale(enc) for enc in encs]
+    if None in sizes:
+        return None
+    common = math.gcd(*(size for size in sizes if size is not None))
+    return next((size for size in GROUP_SIZES if common % size == 0), None)
+
+
+def _columns_per_scale(enc: Stored) -> int | None:
+    """Neighbouring columns of a row that share a scale; None if rows share it by column."""
+    columns = matrix_shape(enc.shape)[1]
+    if enc.params["scale_axis"] == "column":
+        return None
+    size = enc.params["group_size"] if enc.params["scale_axis"] == "group" else 0
+    return columns if size == 0 else math.gcd(size, columns)
+
+
+def _codes(enc: Encoded, plane: int) -> torch.Tensor:
+    """int32 [N, K], 0 .. 15."""
+    bits, columns = enc.params["bits"], matrix_shape(enc.shape)[1]
+    codes = unpack_bits(enc.tensors["codes"][plane], bits, columns).int()
+    return codes if bits == 4 else 2 * codes - (2**bits - 1) + 8
+
+
+def _scales(enc: Encoded, plane: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """[G, N, 2]: scale and zero of each group of ``size`` columns."""
+    rows, columns = matrix_shape(enc.shape)
+    stored = enc.tensors["scales"][plane].to(dtype)
+    starts = torch.arange(0, columns, size)
+    per_scale = enc.params["group_size"] if enc.params["scale_axis"] == "group" else 0
+    scales = stored[:, starts // (per_scale or columns)].expand(rows, -1)
+    if enc.params["bits"] == 4:
+        pair = (scales, scales / 2)
+    else:
+        pair = (scales / 2, torch.zeros_like(scales))
+    return torch.stack(pair, dim=-1).transpose(0, 1).contiguous()

@@ -1,0 +1,92 @@
+"""``int`` deltas in the layout of torch's 4-bit matmul: the same numbers as the codec's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltaserve.artifact.codecs import get_codec
+from deltaserve.artifact.codecs.base import Encoded
+from deltaserve.kernels.delta_matmul import delta_matmul, int4
+
+
+def encode(rows: int, columns: int, **params: object) -> Encoded:
+    return get_codec("int").encode(torch.randn(rows, columns), None, **params)
+
+
+def apply(encs: list[Encoded], x: torch.Tensor) -> torch.Tensor:
+    rows = sum(enc.shape[0] for enc in encs)
+    y = torch.ones(len(x), rows, dtype=x.dtype)
+    for plane in int4.pack(encs, x.dtype):
+        assert plane.shape == (rows, x.shape[1])
+        delta_matmul(y, x, plane)
+    return y
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=3),
+    axis=st.sampled_from(["group", "row", "tensor"]),
+    group_size=st.sampled_from([0, 32, 64, 96]),
+    planes=st.integers(1, 2),
+    groups=st.integers(1, 4),
+    tokens=st.sampled_from([1, 3, 40]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_matrices_of_one_input_are_applied_as_the_codec_decodes_them(
+    bits: list[int],
+    axis: str,
+    group_size: int,
+    planes: int,
+    groups: int,
+    tokens: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    columns = 32 * groups
+    params = {"scale_axis": axis, "planes": planes}
+    if axis == "group":
+        params["group_size"] = group_size
+    encs = [encode(16 * (1 + i), columns, bits=b, **params) for i, b in enumerate(bits)]
+    assert int4.fusable(encs)
+    x = torch.randn(tokens, columns).to(dtype)
+    delta = torch.cat([get_codec("int").delta(enc) for enc in encs]).double()
+    expected = 1 + x.double() @ delta.T
+    # The sum is rounded once for each plane, relative to the size of its terms.
+    terms = x.double().abs() @ delta.abs().T + 1
+    assert ((apply(encs, x).double() - expected).abs() <= 3 * terms * torch.finfo(dtype).eps).all()
+
+
+def test_nothing_is_rounded_by_the_layout() -> None:
+    """One input at a time picks single weights: each must be the codec's very number."""
+    for bits in (1, 2, 3, 4):
+        enc = encode(32, 64, bits=bits, group_size=32)
+        weights = apply([enc], torch.eye(64)).T - 1
+        torch.testing.assert_close(weights, get_codec("int").delta(enc), rtol=1e-6, atol=3e-7)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "params"),
+    [
+        (24, 64, {"bits": 2}),  # rows no multiple of 16
+        (32, 48, {"bits": 2, "group_size": 16}),  # groups smaller than the operator's
+        (32, 40, {"bits": 2, "group_size": 0}),
+        (32, 64, {"bits": 8}),
+        (32, 64, {"bits": 2, "symmetric": False}),
+        (32, 64, {"bits": 2, "scale_axis": "column"}),
+    ],
+)
+def test_what_the_operator_cannot_take_is_left_to_others(
+    rows: int, columns: int, params: dict[str, object]
+) -> None:
+    assert not int4.supports(encode(rows, columns, **params))
+
+
+def test_matrices_of_different_planes_stay_apart() -> None:
+    encs = [encode(16, 64, bits=1, planes=planes) for planes in (1, 2)]
+    assert all(int4.supports(enc) for enc in encs)
+    assert not int4.fusable(encs)
