@@ -17,7 +17,8 @@ MOST_ROWS = 500
 MOST_LINES = 16
 WINDOWS = 30
 BAD = "var(--bad)"
-RESIDENCY = ("residen", "tier=", "deltas", "lora", "merged")
+RESIDENCY = ("residency.", "tier=", "deltas", "lora")
+PROCESS = ("process_",)
 LOAD = ("stats.running", "stats.waiting", "vllm:num_requests_running", "vllm:num_requests_waiting")
 
 STYLE = """
@@ -86,6 +87,7 @@ def _sections(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Service of each tenant", _service(result["fairness"])
     over_time = result["server"]["over_time"]
     yield "Residency over time", _server_series(over_time, RESIDENCY)
+    yield "Memory and open files of the server", _server_series(over_time, PROCESS)
     yield "Running and waiting in the server", _server_series(over_time, LOAD)
     yield "As text", f"<pre>{html.escape(render(result))}</pre>"
     about = {name: result[name] for name in ("environment", "target", "workload")}
@@ -231,8 +233,12 @@ def _service(fairness: Mapping[str, Any]) -> str:
 
 
 def _server_series(over_time: Mapping[str, Any], words: Sequence[str]) -> str:
-    """A chart for each unit: bytes and counts do not share an axis."""
-    chosen = [n for n in over_time["values"] if any(word in n.lower() for word in words)]
+    """A chart for each unit: bytes and counts do not share an axis. Limits are left out."""
+    chosen = [
+        name
+        for name in over_time["values"]
+        if any(word in name for word in words) and not name.endswith("_limit")
+    ]
     charts = []
     for unit in ("bytes", "seconds", ""):
         names = [n for n in chosen if _unit(n) == unit][:MOST_LINES]
