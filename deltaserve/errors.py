@@ -37,6 +37,10 @@ class UnsupportedModelError(DeltaServeError):
     """The engine does not know this architecture; the message lists those it does."""
 
 
+class SelectionError(DeltaServeError):
+    """A pool, graph, budget or option of data selection is wrong."""
+
+
 class OutputExistsError(DeltaServeError):
     """The output directory exists and is not empty."""
 

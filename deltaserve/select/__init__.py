@@ -1,0 +1,1 @@
+"""Subset selection: graph, utilities, solvers, policies, backends."""
