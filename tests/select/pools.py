@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = "the a red blue green fox dog cat runs sleeps jumps over under near house tree".split()
+WORDS = ["the", "a", "red", "blue", "green", "fox", "dog", "cat", "runs", "sleeps", "jumps", "over"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
