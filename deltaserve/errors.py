@@ -38,7 +38,7 @@ class UnsupportedModelError(DeltaServeError):
 
 
 class SelectionError(DeltaServeError):
-    """A pool, graph, budget or option of data selection is wrong."""
+    """A pool, graph, utility or budget is wrong, or a selection cannot go on."""
 
 
 class OutputExistsError(DeltaServeError):

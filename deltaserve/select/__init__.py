@@ -1,1 +1,1 @@
-"""Subset selection: graph, utilities, solvers, policies, backends."""
+"""Choosing a budget of samples from a pool: graph, utilities, solvers, policies, backends."""
