@@ -91,17 +91,12 @@ def embed_samples(
     progress: Progress = no_progress,
 ) -> np.ndarray:
     """As `embed_pool`, of ``count`` samples and a model in memory."""
-    shape, found, done = (count, model.config.hidden_size), None, 0
+    found, done = None, 0
     for batch in batches(samples, tokenizer, options):
         hidden_BTD = model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT().long())[0]
-        pooled_BD = pool_hidden(hidden_BTD, batch, pooling).float().cpu().numpy()
+        pooled_BD = pool_hidden(hidden_BTD, batch, pooling).cpu().numpy()
         if found is None:
-            shape = (count, pooled_BD.shape[1])
-            found = (
-                np.empty(shape, dtype=np.float32)
-                if out is None
-                else np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=shape)
-            )
+            found = new_matrix(count, pooled_BD.shape[1], out)
         found[batch.rows] = pooled_BD
         done += len(batch.rows)
         progress("embedding", done, count)
@@ -110,13 +105,28 @@ def embed_samples(
     return found
 
 
+def new_matrix(count: int, dims: int, out: Path | None) -> np.ndarray:
+    """An empty float32 [count, dims], in memory or in the .npy file ``out``."""
+    if out is None:
+        return np.empty((count, dims), dtype=np.float32)
+    return np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=(count, dims))
+
+
+def take_rows(embeddings: np.ndarray, rows: np.ndarray, out: Path) -> np.ndarray:
+    """``embeddings[rows]`` in a file, block by block."""
+    found = new_matrix(len(rows), embeddings.shape[1], out)
+    for start in range(0, len(rows), READ):
+        found[start : start + READ] = embeddings[rows[start : start + READ]]
+    return found
+
+
 def pool_hidden(hidden_BTD: torch.Tensor, batch: Batch, pooling: Pooling) -> torch.Tensor:
     """One vector for each sequence: [B, D]."""
-    weights_BT = batch.mask_BT().to(hidden_BTD.dtype)
+    weights_BT = batch.mask_BT().float()
     if pooling == "weighted":
         weights_BT = weights_BT * torch.arange(1, weights_BT.shape[1] + 1, device=weights_BT.device)
     weights_BT = weights_BT / weights_BT.sum(dim=1, keepdim=True)
-    return torch.einsum("bt,btd->bd", weights_BT, hidden_BTD)
+    return torch.einsum("bt,btd->bd", weights_BT, hidden_BTD.float())
 
 
 def is_causal(config: Any) -> bool:

@@ -22,3 +22,9 @@ def load_extra(name: str) -> Any:
             raise
         hint = HINTS.get(package, EXTRA)
         raise SelectionError(f"data selection needs {package}: {hint}") from None
+
+
+def require_extra() -> None:
+    """Raises SelectionError unless everything that the extra brings can be imported."""
+    for name in ("numba", "faiss", "pyarrow"):
+        load_extra(name)

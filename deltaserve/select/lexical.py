@@ -7,11 +7,13 @@ differ in their words; what means the same in other words looks different to it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numba
 import numpy as np
 
 from deltaserve.select.duplicates import BLOCK, plain_words
+from deltaserve.select.embed import new_matrix
 from deltaserve.select.minhash import FNV_OFFSET, FNV_PRIME, SPACE
 from deltaserve.select.pool import Progress, no_progress
 from deltaserve.select.random import mix
@@ -21,11 +23,12 @@ PAIR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def embed_words(
-    texts: Iterable[str], count: int, progress: Progress = no_progress
+    texts: Iterable[str], count: int, out: Path | None = None, progress: Progress = no_progress
 ) -> np.ndarray:
     """float32 [count, 256]: words and pairs of neighbouring words, hashed to a dimension and a
-    sign (Weinberger et al. 2009), each counted by the square root of its occurrences."""
-    found = np.empty((count, DIMENSIONS), dtype=np.float32)
+    sign (Weinberger et al. 2009), each counted by the square root of its occurrences.
+    out: as for `embed.embed_pool`."""
+    found = new_matrix(count, DIMENSIONS, out)
     block: list[bytes] = []
     done = 0
     for done, text in enumerate(texts, 1):

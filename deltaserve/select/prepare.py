@@ -15,7 +15,7 @@ import numpy as np
 from deltaserve.errors import SelectionError
 from deltaserve.select.budgets import make_limits
 from deltaserve.select.duplicates import Duplicates, near_duplicates, similar_duplicates
-from deltaserve.select.embed import check_embeddings, embed_pool, load_embeddings
+from deltaserve.select.embed import check_embeddings, embed_pool, load_embeddings, take_rows
 from deltaserve.select.extras import load_extra
 from deltaserve.select.lexical import embed_words
 from deltaserve.select.neighbours import KnnOptions, find_neighbours, neighbour_graph
@@ -69,13 +69,16 @@ class Preparation:
         everything = np.arange(len(pool))
         make_limits(self.budget(everything), len(pool), chosen)
         vectors = self.embeddings()
+        transform = fit_whitening(vectors, settings.seed) if settings.whiten else Transform()
         scores = self.scores()
         raw = self.utility(vectors, scores)
-        found = self.duplicates(vectors, raw, chosen)
+        found = self.duplicates(vectors, transform, raw, chosen)
         rows = everything if found is None else np.flatnonzero(found.keep | chosen)
         if len(rows) < len(pool):
-            vectors = self.store.array(lambda _: vectors[rows], "kept", digest(rows), *self.source())
-        transform = fit_whitening(vectors, settings.seed) if settings.whiten else Transform()
+            every = vectors
+            vectors = self.store.array(
+                lambda path: take_rows(every, rows, path), "kept", digest(rows), *self.source()
+            )
         graph = self.graph(vectors, transform, "graph", digest(rows))
         problem = Problem(
             graph,
@@ -85,9 +88,7 @@ class Preparation:
             settings.beta,
             chosen[rows] if chosen.any() else None,
         )
-        return Prepared(
-            pool, rows, raw, scores, found, vectors, transform, problem, self.facts
-        )
+        return Prepared(pool, rows, raw, scores, found, vectors, transform, problem, self.facts)
 
     def model_options(self, model: str) -> ModelOptions:
         s = self.settings
@@ -119,7 +120,8 @@ class Preparation:
 
     def embed(self, pool: Pool, path: Path | None = None) -> np.ndarray:
         if self.settings.embed is None:
-            return embed_words((s.text for s in pool.samples()), len(pool), self.progress)
+            texts = (sample.text for sample in pool.samples())
+            return embed_words(texts, len(pool), path, self.progress)
         options = self.model_options(self.settings.embed)
         return embed_pool(pool, options, out=path, progress=self.progress)
 
@@ -162,7 +164,11 @@ class Preparation:
         elif name == "rho":
             values = scores["loss"] - scores["reference_loss"]
         elif name == "relevance":
-            targets = self.embed(Pool(s.target, replace(s.columns, label=None, source=None, tokens=None, utility=None)))
+            targets = self.embed(
+                Pool(
+                    s.target, replace(s.columns, label=None, source=None, tokens=None, utility=None)
+                )
+            )
             values = relevance(vectors, targets)
         else:
             values = scores[name]
@@ -185,7 +191,7 @@ class Preparation:
         return robust_scaled(raw, self.pool.sources.codes[rows])
 
     def duplicates(
-        self, vectors: np.ndarray, raw: np.ndarray, chosen: np.ndarray
+        self, vectors: np.ndarray, transform: Transform, raw: np.ndarray, chosen: np.ndarray
     ) -> Duplicates | None:
         s, pool = self.settings, self.pool
         if s.dedup is None:
@@ -203,7 +209,7 @@ class Preparation:
                 progress=self.progress,
             )
         else:
-            graph = self.graph(vectors, Transform(), "likeness")
+            graph = self.graph(vectors, transform, "likeness")
             found = similar_duplicates(graph, pool.contents, threshold=threshold, utility=best)
         self.facts["duplicates"] = {
             "by": s.dedup,
@@ -264,7 +270,9 @@ def read_ids(path: Path) -> list[str]:
     if path.is_dir():
         found = [p for p in (path / "ids.jsonl", path / "ids.parquet") if p.exists()]
         if not found:
-            raise SelectionError(f"{path} is no selection: it has neither ids.jsonl nor ids.parquet")
+            raise SelectionError(
+                f"{path} is no selection: it has neither ids.jsonl nor ids.parquet"
+            )
         path = found[0]
     try:
         if path.suffix == ".parquet":

@@ -79,7 +79,7 @@ class Settings:
     dedup_threshold: float | None = None
     """Similarity that makes a duplicate; None: 0.8 of words, 0.95 of cosine."""
 
-    columns: Columns = Columns()
+    columns: Columns = field(default_factory=Columns)
     max_length: int = 512
     batch_tokens: int = 8192
     device: str = "cpu"
@@ -100,6 +100,8 @@ class Settings:
         self._check_utility()
         if self.embed is not None and self.embeddings is not None:
             raise SelectionError("give either embeddings or a model to embed with, not both")
+        if self.dedup_threshold is not None and not 0 < self.dedup_threshold <= 1:
+            raise SelectionError(f"dedup_threshold must lie in 0 to 1, not {self.dedup_threshold}")
         if self.seed < 0 or self.workers < 1:
             raise SelectionError("seed must be 0 or more, and workers at least 1")
 
@@ -125,9 +127,7 @@ class Settings:
         name, needed = self.utility, set(POLICIES[self.objective].needs if self.is_policy else ())
         if isinstance(name, str):
             if not (name in UTILITIES or name.startswith(COLUMN) or name.endswith(".npy")):
-                raise SelectionError(
-                    f"no utility {name!r}: choose one of {', '.join(UTILITIES)}"
-                )
+                raise SelectionError(f"no utility {name!r}: choose one of {', '.join(UTILITIES)}")
             needed.add(name)
         if needed & {*SCORES, "rho"} and self.model is None:
             raise SelectionError(f"{', '.join(sorted(needed & {*SCORES, 'rho'}))} need a model")
