@@ -179,6 +179,17 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return rows
 
 
+def show(task: str, size: int, seeds: int, rows: dict[str, Any]) -> None:
+    print(f"\n{task}: {size} samples, a tenth selected, {seeds} seeds")
+    print(f"{'':<22}{'exact match':>14}{'over random':>16}{'noise':>8}{'repeated':>10}")
+    for name, row in rows.items():
+        print(
+            f"{name:<22}{row['mean']:>8.1%} ±{row['sd'] or 0:>4.1%}"
+            f"{row['margin_mean']:>+9.1%} ±{row['margin_sd'] or 0:>4.1%}"
+            f"{row['noise']:>8.1%}{row['repeated']:>10.1%}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -191,26 +202,22 @@ def main() -> None:
     torch.set_num_threads(1)
     base = build_family().base
     schedules = {member.task: member.schedule for member in Recipe().members}
-    start, results = time.perf_counter(), {}
-    for task in args.tasks.split(","):
-        seeds = range(args.seeds)
-        runs = [run_seed(base, task, args.size, schedules[task], seed) for seed in seeds]
-        results[task] = summary(runs)
-        print(f"\n{task}: {args.size} samples, a tenth selected, {args.seeds} seeds")
-        print(f"{'':<22}{'exact match':>14}{'over random':>16}{'noise':>8}{'repeated':>10}")
-        for name, row in results[task].items():
-            print(
-                f"{name:<22}{row['mean']:>8.1%} ±{row['sd'] or 0:>4.1%}"
-                f"{row['margin_mean']:>+9.1%} ±{row['margin_sd'] or 0:>4.1%}"
-                f"{row['noise']:>8.1%}{row['repeated']:>10.1%}"
+    tasks, start = args.tasks.split(","), time.perf_counter()
+    runs: dict[str, list[dict[str, Any]]] = {task: [] for task in tasks}
+    # Seed by seed over all tasks: an interrupted run leaves as many seeds of each.
+    for seed in range(args.seeds):
+        for task in tasks:
+            runs[task].append(run_seed(base, task, args.size, schedules[task], seed))
+        results = {task: summary(found) for task, found in runs.items()}
+        if args.out:
+            command = (
+                f"python -m deltaserve.bench.select_finetune --tasks {args.tasks} "
+                f"--size {args.size} --seeds {seed + 1}"
             )
+            record(args.out, command, results)
+    for task, rows in results.items():
+        show(task, args.size, args.seeds, rows)
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
-    if args.out:
-        command = (
-            f"python -m deltaserve.bench.select_finetune --tasks {args.tasks} --size {args.size} "
-            f"--seeds {args.seeds}"
-        )
-        record(args.out, command, results)
 
 
 if __name__ == "__main__":
