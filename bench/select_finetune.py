@@ -127,7 +127,7 @@ def selections(
         "random": order[:k],
         "random, no copies": order[kept[order]][:k],
         "top utility": np.argsort(-scaled, kind="stable")[:k],
-        "pairwise": pairwise(),
+        "pairwise": pairwise(dedup=None),
         "pairwise, no copies": pairwise(dedup="minhash"),
         "clean (oracle)": order[polluted.marks[order] == CLEAN][:k],
     }

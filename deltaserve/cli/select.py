@@ -101,11 +101,13 @@ def run(
         str, typer.Option(help="flat (all pairs), ivf, or auto.", rich_help_panel=LIKENESS)
     ] = "auto",
     dedup: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="minhash or cosine: remove near-duplicates first.", rich_help_panel=LIKENESS
+            help="Remove first: exact (copies), minhash (nearly the same words), cosine (nearly "
+            "the same embedding), or none.",
+            rich_help_panel=LIKENESS,
         ),
-    ] = None,
+    ] = "exact",
     dedup_threshold: Annotated[
         float | None,
         typer.Option(help="Default 0.8 (minhash), 0.95 (cosine).", rich_help_panel=LIKENESS),
@@ -178,7 +180,7 @@ def run(
         whiten=whiten,
         neighbours=neighbours,
         index=index,
-        dedup=dedup,
+        dedup=None if dedup == "none" else dedup,
         dedup_threshold=dedup_threshold,
         columns=Columns(
             text_column, messages_column, id_column, label_column, source_column, tokens_column

@@ -14,7 +14,12 @@ import numpy as np
 
 from deltaserve.errors import SelectionError
 from deltaserve.select.budgets import make_limits
-from deltaserve.select.duplicates import Duplicates, near_duplicates, similar_duplicates
+from deltaserve.select.duplicates import (
+    Duplicates,
+    keep_best,
+    near_duplicates,
+    similar_duplicates,
+)
 from deltaserve.select.embed import check_embeddings, embed_pool, load_embeddings, take_rows
 from deltaserve.select.extras import load_extra
 from deltaserve.select.lexical import embed_words
@@ -34,7 +39,7 @@ from deltaserve.select.store import Store, digest, stamp
 from deltaserve.select.tokens import ModelOptions
 from deltaserve.select.utility import SCORES, relevance, score_pool
 
-THRESHOLDS = {"minhash": 0.8, "cosine": 0.95}
+THRESHOLDS = {"exact": 1.0, "minhash": 0.8, "cosine": 0.95}
 WORDS = "words and pairs of words, hashed"
 
 
@@ -79,9 +84,9 @@ class Preparation:
             vectors = self.store.array(
                 lambda path: take_rows(every, rows, path), "kept", digest(rows), *self.source()
             )
-        graph = self.graph(vectors, transform, "graph", digest(rows))
+        self.check_candidates(rows, chosen)
         problem = Problem(
-            graph,
+            self.graph(vectors, transform, "graph", digest(rows)),
             self.scaled(raw[rows], rows).astype(np.float32),
             self.budget(rows),
             settings.alpha,
@@ -89,6 +94,16 @@ class Preparation:
             chosen[rows] if chosen.any() else None,
         )
         return Prepared(pool, rows, raw, scores, found, vectors, transform, problem, self.facts)
+
+    def check_candidates(self, rows: np.ndarray, chosen: np.ndarray) -> None:
+        """The pool met the budget; what is left of it may not."""
+        try:
+            make_limits(self.budget(rows), len(rows), chosen[rows])
+        except SelectionError as cause:
+            removed = len(self.pool) - len(rows)
+            raise SelectionError(
+                f"{cause}, after {removed:,} duplicates were removed (--dedup none keeps them)"
+            ) from None
 
     def model_options(self, model: str) -> ModelOptions:
         s = self.settings
@@ -196,10 +211,12 @@ class Preparation:
         s, pool = self.settings, self.pool
         if s.dedup is None:
             return None
-        threshold = THRESHOLDS[s.dedup] if s.dedup_threshold is None else s.dedup_threshold
+        threshold = s.dedup_threshold or THRESHOLDS[s.dedup]
         # What was selected before stands for its copies.
         best = np.where(chosen, np.inf, raw)
-        if s.dedup == "minhash":
+        if s.dedup == "exact":
+            found = keep_best(pool.contents, best)
+        elif s.dedup == "minhash":
             found = near_duplicates(
                 (sample.text for sample in pool.samples()),
                 len(pool),

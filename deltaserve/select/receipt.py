@@ -81,11 +81,11 @@ def explain(
     """Sentences for people."""
     lines = []
     facts, count = ready.facts, len(ready.rows)
-    if "duplicates" in facts:
-        removed = facts["duplicates"]["removed"]
+    removed = facts.get("duplicates", {}).get("removed", 0)
+    if removed:
         lines.append(
-            f"{removed:,} near-duplicates were removed ({facts['duplicates']['by']}); "
-            f"{count:,} candidates remain."
+            f"{removed:,} duplicates were removed ({facts['duplicates']['by']}); {count:,} "
+            "candidates remain."
         )
     recall = facts["graph"].get("recall", 1.0)
     lines.append(

@@ -34,6 +34,7 @@ class Selector:
         rows_: int64 [k], their places in the pool.
         gains_: float64 [k], what each added to the objective.
         weights_: float64 [k], what to multiply its loss by; 1 unless the policy says otherwise.
+        baselines_: dict of int64 [k], the rows of each baseline.
         receipt_: dict for JSON: settings, digests, versions, log, baselines, score, explanation.
         pool_: the Pool.
     """
@@ -68,6 +69,7 @@ class Selector:
             seconds = {"preparing": prepared - started, "solving": solved_at - prepared}
             self.receipt_ = make_receipt(settings, ready, choice, solved, compared, seconds)
         self.pool_, self.rows_ = pool, ready.rows[choice.rows]
+        self.baselines_ = {name: ready.rows[rows] for name, rows in others.items()}
         self.gains_, self.weights_ = gains, choice.weights
         self.ids_ = pool.ids(self.rows_)
         return self
@@ -104,8 +106,12 @@ def _solve(settings: Settings, ready: Prepared, store: Store, progress: Progress
         how = (settings.solver, settings.bounding, settings.partitions, settings.rounds)
         checkpoint = store.path("progress", problem.digest, *how, settings.seed)
 
+    taken = 0
+
     def report(entry: dict[str, Any]) -> None:
-        progress("selecting", int(entry.get("selected", 0)), problem.limits.k)
+        nonlocal taken
+        taken += int(entry.get("selected", 0)) + int(entry.get("included", 0))
+        progress("selecting", taken, problem.limits.k)
 
     return solve(
         problem,

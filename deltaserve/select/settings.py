@@ -74,8 +74,9 @@ class Settings:
     memory_bytes: int = 4 << 30
     """Above this, vectors and index stay on the disk."""
 
-    dedup: str | None = None
-    """"minhash" (words) or "cosine" (embeddings): remove near-duplicates first."""
+    dedup: str | None = "exact"
+    """Remove first: "exact" (copies of a text), "minhash" (nearly the same words), "cosine" (nearly
+    the same embedding), or None. The best of each cluster stays."""
     dedup_threshold: float | None = None
     """Similarity that makes a duplicate; None: 0.8 of words, 0.95 of cosine."""
 
@@ -94,7 +95,7 @@ class Settings:
         _one_of("solver", self.solver, ("dominance", "greedy", "partition"))
         _one_of("bounding", self.bounding, ("exact", "approximate", None))
         _one_of("scale", self.scale, ("robust", "centre"))
-        _one_of("dedup", self.dedup, ("minhash", "cosine", None))
+        _one_of("dedup", self.dedup, ("exact", "minhash", "cosine", None))
         _one_of("per", self.per, ("label", "source", None))
         self._check_budget()
         self._check_utility()

@@ -72,12 +72,16 @@ def test_the_same_settings_select_the_same_and_bounding_changes_nothing(path):
 def test_copies_are_not_selected_together(tmp_path):
     texts = sentences(40, seed=1, low=8, high=20)
     doubled = write_lines(tmp_path / "a.jsonl", [{"text": t} for t in texts + texts])
-    selector = Selector(k=40, alpha=0.5, neighbours=5).fit(doubled)
+    selector = Selector(k=40, alpha=0.5, neighbours=5, dedup=None).fit(doubled)
     assert len(set(selector.pool_.contents[selector.rows_].tolist())) == 40
-    deduped = Selector(k=40, dedup="minhash").fit(doubled)
-    assert deduped.receipt_["duplicates"]["removed"] == 40
-    with pytest.raises(SelectionError, match="k is 41, but the pool has only 40"):
-        Selector(k=41, dedup="cosine").fit(doubled)
+    for dedup in ("exact", "minhash", "cosine"):
+        deduped = Selector(k=40, dedup=dedup).fit(doubled)
+        assert deduped.receipt_["duplicates"]["removed"] == 40
+        with pytest.raises(
+            SelectionError, match="only 40 points, after 40 duplicates were removed"
+        ):
+            Selector(k=41, dedup=dedup).fit(doubled)
+    assert len(Selector(k=41, dedup=None).fit(doubled).ids_) == 41
 
 
 def test_equal_shares_and_counts_per_label(path):
@@ -96,7 +100,7 @@ def test_a_budget_in_tokens_is_kept(path):
     assert "skipped" in " ".join(selector.receipt_["explanation"])
 
 
-@pytest.mark.parametrize("dedup", [None, "minhash"])
+@pytest.mark.parametrize("dedup", [None, "exact", "minhash"])
 def test_more_is_added_to_what_was_selected_before(path, tmp_path, dedup):
     first = Selector(k=10, utility="column:worth").fit(path)
     first.save(tmp_path / "out")
