@@ -62,7 +62,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="ROWSxDIMENSIONS")
-    parser.add_argument("--probes", type=int, default=16)
+    parser.add_argument("--probes", type=int, help="default: what a recall of 0.95 takes")
     parser.add_argument("--out", type=Path, help="write a JSON file as well")
     args = parser.parse_args()
     results = []
@@ -82,9 +82,8 @@ def main() -> None:
     results += [inside[0], {**outside[0], "equals_in_memory": same}]
     print(results[-1])
     if args.out:
-        command = (
-            f"python -m deltaserve.bench.select_neighbours --sizes {' '.join(args.sizes)} "
-            f"--probes {args.probes}"
+        command = f"python -m deltaserve.bench.select_neighbours --sizes {' '.join(args.sizes)}" + (
+            f" --probes {args.probes}" if args.probes else ""
         )
         record(args.out, command, results)
 

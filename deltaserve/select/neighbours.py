@@ -1,14 +1,17 @@
 """The neighbour graph: the most similar samples of every sample, by faiss.
 
 n samples, d dimensions, k neighbours. Below FLAT_BELOW samples every pair is compared; above, an
-inverted file (IVF) searches the cells nearest to each sample. What was missed shows in the
-recall, which is always measured on a sample of the rows.
+inverted file (IVF) searches the cells nearest to each sample, as many as it takes to find what
+comparing every pair finds for a sample of the rows. The recall on that sample is reported.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,12 @@ from deltaserve.select.graph import Graph
 from deltaserve.select.pool import Progress, no_progress
 from deltaserve.select.scale import Transform
 
-FLAT_BELOW = 20_000
+FLAT_BELOW = 50_000
 BATCH = 16_384
 # faiss's own advice is 39 to 256 training points for a cell.
 TRAIN_PER_CELL = 64
 RECALL_SAMPLE = 1000
+PROBES = 16
 # Similarities this close are ties, which no order can tell apart.
 TIE = 1e-5
 
@@ -34,20 +38,22 @@ TIE = 1e-5
 class KnnOptions:
     """How neighbours are found.
 
-    neighbours: k. probes: cells searched for each sample. memory_bytes: above this the vectors
+    neighbours: k. probes: cells searched for each sample; None: 16, doubled until the recall is
+    ``min_recall``. memory_bytes: above this the vectors
     of the index lie on the disk. index: "auto", "flat" or "ivf". min_similarity: edges below it
     are left out; cosines of 0 or less always are, since the objective only penalises likeness.
     """
 
     neighbours: int = 10
-    probes: int = 16
+    probes: int | None = None
+    min_recall: float = 0.95
     memory_bytes: int = 4 << 30
     index: str = "auto"
     min_similarity: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.neighbours < 1 or self.probes < 1:
+        if self.neighbours < 1 or (self.probes is not None and self.probes < 1):
             raise SelectionError("the graph needs at least 1 neighbour and 1 probe")
         if self.index not in ("auto", "flat", "ivf"):
             raise SelectionError(f"no index {self.index!r}: choose auto, flat or ivf")
@@ -88,15 +94,21 @@ def find_neighbours(
         )
     with tempfile.TemporaryDirectory(prefix="deltaserve-knn-") as folder:
         index, name = _index(embeddings, transform, options, Path(folder), progress)
+        sample = _exact_sample(embeddings, transform, k, options.seed)
+        if name != "flat":
+            _set_probes(index, sample, options)
+            name += f", {index.nprobe} probed"
         ids = np.empty((count, k), dtype=np.int64)
         similarities = np.empty((count, k), dtype=np.float32)
         for start, x in _blocks(embeddings, transform):
             found, near = index.search(x, k + 1)
             rows = slice(start, start + len(x))
-            ids[rows], similarities[rows] = _without_self(start, near, found)
+            ids[rows], similarities[rows] = _without_self(
+                np.arange(start, start + len(x)), near, found
+            )
             progress("neighbours", start + len(x), count)
-    recall, checked = _recall(embeddings, transform, similarities, options.seed)
-    return Neighbours(ids, similarities, recall, checked, name)
+    recall = sample.recall(similarities[sample.rows])
+    return Neighbours(ids, similarities, recall, len(sample.rows), name)
 
 
 def neighbour_graph(
@@ -135,8 +147,7 @@ def _index(
     progress("clustering", 0, 1)
     index.train(_training_rows(embeddings, transform, cells, options.seed))
     progress("clustering", 1, 1)
-    index.nprobe = min(options.probes, cells)
-    name = f"ivf, {cells} cells, {index.nprobe} probed"
+    name = f"ivf, {cells} cells"
     if 4 * count * dims <= options.memory_bytes:
         for start, x in _blocks(embeddings, transform):
             index.add(x)
@@ -169,9 +180,23 @@ def _on_disk(
             faiss.write_index(index, pieces[-1])
             index.reset()
     merged = faiss.read_index(str(folder / "empty"))
-    merge_ondisk(merged, pieces, str(folder / "lists"))
-    merged.nprobe = index.nprobe
+    with _stdout_closed():
+        merge_ondisk(merged, pieces, str(folder / "lists"))
     return merged
+
+
+@contextmanager
+def _stdout_closed() -> Iterator[None]:
+    """Without what faiss prints from C++ on the standard output, which belongs to results."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _training_rows(
@@ -191,26 +216,39 @@ def _blocks(embeddings: np.ndarray, transform: Transform) -> Iterator[tuple[int,
 
 
 def _without_self(
-    start: int, near: np.ndarray, similarities: np.ndarray
+    rows: np.ndarray, near: np.ndarray, similarities: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """[b, k + 1] -> [b, k]: without the row itself, or without the last where it was not found
     (more than k equal to it)."""
-    own = near == np.arange(start, start + len(near))[:, None]
+    own = near == rows[:, None]
     own[~own.any(axis=1), -1] = True
     shape = (len(near), near.shape[1] - 1)
     return near[~own].reshape(shape), similarities[~own].reshape(shape)
 
 
-def _recall(
-    embeddings: np.ndarray, transform: Transform, similarities: np.ndarray, seed: int
-) -> tuple[float, int]:
-    """Recall@k against all pairs, on up to 1,000 rows.
+@dataclass(frozen=True)
+class _Sample:
+    """Rows whose neighbours are known: queries [m, d], best similarities [m, k], descending."""
 
-    A neighbour counts as true if it is as similar as the k-th best: with duplicates the best k
-    are not unique.
-    """
+    rows: np.ndarray
+    queries: np.ndarray
+    best: np.ndarray
+
+    def recall(self, similarities: np.ndarray) -> float:
+        """The share of true neighbours among those found, [m, k].
+
+        One counts as true if it is as similar as the k-th best: with duplicates the best k are
+        not unique. Below a cosine of 0 there is nothing to find: such edges are never used.
+        """
+        wanted = self.best > 0
+        hit = (similarities >= self.best[:, -1:] - TIE) & wanted
+        return float(hit.sum() / max(1, wanted.sum()))
+
+
+def _exact_sample(embeddings: np.ndarray, transform: Transform, k: int, seed: int) -> _Sample:
+    """Up to 1,000 random rows against all."""
     faiss = load_extra("faiss")
-    count, k = similarities.shape
+    count = len(embeddings)
     generator = np.random.default_rng(seed)
     rows = np.sort(generator.choice(count, min(RECALL_SAMPLE, count), replace=False))
     queries = transform(embeddings[rows])
@@ -219,7 +257,14 @@ def _recall(
         found, near = faiss.knn(queries, x, min(k + 1, len(x)), metric=faiss.METRIC_INNER_PRODUCT)
         found[near + start == rows[:, None]] = -np.inf
         best = -np.sort(-np.concatenate([best, found], axis=1), axis=1)[:, :k]
-    # Below a cosine of 0 there is nothing to find: such edges are never used.
-    wanted = best > 0
-    hit = (similarities[rows] >= best[:, -1:] - TIE) & wanted
-    return float(hit.sum() / max(1, wanted.sum())), len(rows)
+    return _Sample(rows, queries, best)
+
+
+def _set_probes(index: Any, sample: _Sample, options: KnnOptions) -> None:
+    """As told, or as few as give the recall on the sample."""
+    index.nprobe = min(options.probes or PROBES, index.nlist)
+    while options.probes is None and index.nprobe < index.nlist:
+        found, near = index.search(sample.queries, sample.best.shape[1] + 1)
+        if sample.recall(_without_self(sample.rows, near, found)[1]) >= options.min_recall:
+            break
+        index.nprobe = min(2 * index.nprobe, index.nlist)

@@ -40,6 +40,7 @@ from deltaserve.select.tokens import ModelOptions
 from deltaserve.select.utility import SCORES, relevance, score_pool
 
 THRESHOLDS = {"exact": 1.0, "minhash": 0.8, "cosine": 0.95}
+LOT = 1e-3
 WORDS = "words and pairs of words, hashed"
 
 
@@ -198,9 +199,13 @@ class Preparation:
         return values
 
     def scaled(self, raw: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """float64 [m], 0 or more; where all are worth the same, 1."""
+        """float64 [m], 0 or more.
+
+        Where all are worth the same, up to a thousandth is drawn by lot: ties fall to the lower
+        row, and the beginning of the pool is not worth more than its end.
+        """
         if raw.min() == raw.max():
-            return np.ones(len(raw))
+            return 1 - LOT * np.random.default_rng(self.settings.seed).random(len(raw))
         if self.settings.scale == "centre":
             return min_centred(raw)
         return robust_scaled(raw, self.pool.sources.codes[rows])

@@ -115,8 +115,8 @@ def _bounding(settings: Settings, solved: Selection, count: int) -> str:
     if not inside + outside:
         return (
             "Bounding decided nothing: what a sample adds depends on the others throughout. That "
-            "is usual where similarity weighs much (alpha of 0.5 or less) or about half of the "
-            "pool is asked for; the solver decided everything."
+            "is usual where similarity weighs much (alpha of 0.5 or less), where all are worth the "
+            "same, or where half of the pool is asked for; the solver decided everything."
         )
     surely = "are in every best set" if settings.bounding == "exact" else "were taken"
     never = "in none" if settings.bounding == "exact" else "left out, by an estimate"
