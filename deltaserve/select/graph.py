@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ class Graph:
         for shard in self.shards:
             degrees = np.diff(shard.indptr)
             for digest, array in zip(hashes, (degrees, shard.indices, shard.weights), strict=True):
-                digest.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+                digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         whole = hashlib.sha256(str(self.num_points).encode())
         for digest in hashes:
             whole.update(digest.digest())
@@ -266,8 +267,7 @@ def shard_bounds(num_points: int, shards: int) -> list[tuple[int, int]]:
         raise SelectionError(
             f"{shards} shards for {num_points} points leave some empty: use fewer shards"
         )
-    cuts = [num_points * i // shards for i in range(shards + 1)]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(num_points * i // shards for i in range(shards + 1)))
 
 
 def save_shard(directory: Path, number: int, shard: AnyShard) -> None:

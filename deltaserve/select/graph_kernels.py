@@ -28,7 +28,7 @@ def check_rows(
     bits: NDArray[np.uint32],
     weights: NDArray[np.float32],
     sums: NDArray[np.uint64],
-) -> tuple[int, int, int]:
+) -> tuple[int, Any, Any]:
     """First problem as (code, point, neighbour).
 
     sums [points]: at the lower end of each edge, the hash of the edge and its weight is added
@@ -37,7 +37,7 @@ def check_rows(
     num_points = len(sums)
     for i in range(len(indptr) - 1):
         v = start + i
-        last = -1
+        last = np.int64(-1)
         for e in range(indptr[i], indptr[i + 1]):
             w = np.int64(indices[e])
             if w < 0 or w >= num_points:
@@ -63,7 +63,7 @@ def check_edges(
     cols: NDArray[Any],
     weights: NDArray[Any],
     width: int,
-) -> tuple[int, int, int]:
+) -> tuple[int, Any, Any]:
     """First problem of a list of edges as (code, row, column); see ``count_edges``."""
     for e in range(len(cols)):
         v = np.int64(rows[e]) if width == 0 else e // width

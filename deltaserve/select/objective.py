@@ -25,9 +25,9 @@ def _value(
     utility: NDArray[np.float32],
     alpha: float,
     beta: float,
-) -> tuple[int, int]:
+) -> tuple[np.int64, np.int64]:
     # In two halves: the sum over a large shard does not fit 64 bits.
-    high, low = 0, 0
+    high, low = np.int64(0), np.int64(0)
     for i in range(len(indptr) - 1):
         v = start + i
         if not inside(status[v]):

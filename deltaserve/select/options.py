@@ -28,15 +28,12 @@ class Bounding:
     implementation); "bernoulli" samples each neighbour alone (the paper's theorem)."""
     weighting: Literal["uniform", "weighted"] = "uniform"
     """Neighbours are sampled alike, or by similarity."""
-    overgrow: Literal["top", "random"] = "top"
-    """When more points qualify than are missing: keep the best, or a random choice (paper)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise SelectionError(f"fraction is {self.fraction}, but must be above 0 and at most 1")
         _require("sampling", self.sampling, ("topup", "bernoulli"))
         _require("weighting", self.weighting, ("uniform", "weighted"))
-        _require("overgrow", self.overgrow, ("top", "random"))
 
 
 EXACT = Bounding()
@@ -62,3 +59,6 @@ class Partition:
             raise SelectionError(f"rounds is {self.rounds}, but must be at least 1")
         if not 0 < self.gamma <= 1:
             raise SelectionError(f"gamma is {self.gamma}, but must be above 0 and at most 1")
+
+
+PARTITION = Partition()

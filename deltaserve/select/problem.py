@@ -106,7 +106,7 @@ class Problem:
         chosen = np.empty(0, bool) if self.chosen is None else self.chosen
         for array in (self.utility, chosen, limits.group, limits.caps, limits.length):
             whole.update(repr(array.shape).encode())
-            whole.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+            whole.update(np.ascontiguousarray(array).view(np.uint8).data)
         return whole.hexdigest()
 
 

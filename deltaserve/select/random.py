@@ -40,7 +40,7 @@ def uniform(word: np.uint64) -> float:
 
 
 @njit(cache=True, nogil=True)
-def permuted(index: int, size: int, seed: int, round_: int, stream: int) -> int:
+def permuted(index: int, size: int, seed: int, round_: int, stream: int) -> np.int64:
     """Where a random permutation of range(size) sends ``index``, without storing it.
 
     Four rounds of a Feistel network on the smallest even number of bits that holds ``size``,

@@ -14,7 +14,7 @@ from deltaserve.select.backends.local import Local
 from deltaserve.select.budgets import Budget
 from deltaserve.select.checkpoint import Checkpoint
 from deltaserve.select.objective import objective, value
-from deltaserve.select.options import APPROXIMATE, EXACT, Bounding, Partition
+from deltaserve.select.options import APPROXIMATE, EXACT, PARTITION, Bounding, Partition
 from deltaserve.select.problem import Problem, Selection
 from deltaserve.select.run import Progress, Run
 from deltaserve.select.solvers.bounding import bounding as run_bounding
@@ -35,7 +35,7 @@ def solve(
     *,
     solver: Solver = "dominance",
     bounding: Literal["exact", "approximate"] | Bounding | None = "exact",
-    partition: Partition = Partition(),
+    partition: Partition = PARTITION,
     backend: Backend | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
@@ -60,7 +60,9 @@ def solve(
     if solver not in SOLVERS:
         raise SelectionError(f"solver is {solver!r}, but must be one of {', '.join(SOLVERS)}")
     bounds = _bounding(bounding)
-    identity = _identity(problem, solver, bounds, partition, seed)
+    resumable = None
+    if checkpoint:
+        resumable = Checkpoint(checkpoint, _identity(problem, solver, bounds, partition, seed))
     backend = backend or Local()
     with backend.open(problem.graph, problem.instance, scratch) as session:
         run = Run(
@@ -69,7 +71,7 @@ def solve(
             seed=seed,
             scale=problem.instance.scale,
             num_chosen=0 if problem.chosen is None else int(np.count_nonzero(problem.chosen)),
-            checkpoint=Checkpoint(checkpoint, identity) if checkpoint else None,
+            checkpoint=resumable,
             progress=progress,
         )
         _start(run, problem)

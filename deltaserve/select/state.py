@@ -16,6 +16,7 @@ memory.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from deltaserve.errors import SelectionError
 from deltaserve.select.problem import Instance
 
 # SELECTED, CHOSEN and INCLUDED are in the set; FRESH is taken in the sweep that is going on.
@@ -51,6 +53,14 @@ class State:
         size = len(instance.utility)
         if directory is None:
             return cls(instance, {name: np.zeros(size, kind) for name, kind in TYPES.items()})
+        # A mapped file that finds no room later would end the process without a word.
+        needed = size * sum(np.dtype(kind).itemsize for kind in TYPES.values())
+        free = shutil.disk_usage(directory).free
+        if free < needed:
+            raise SelectionError(
+                f"{directory} has {free} bytes free, but the state of {size} points may take "
+                f"{needed}: name another scratch directory"
+            )
         for name, kind in TYPES.items():
             with (directory / name).open("wb") as file:
                 file.truncate(size * np.dtype(kind).itemsize)

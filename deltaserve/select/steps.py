@@ -30,13 +30,13 @@ def inside(status: int) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def worth(utility: float, alpha: float) -> int:
+def worth(utility: float, alpha: float) -> np.int64:
     """A point's own term of the objective, in units of the instance."""
     return np.int64(np.rint(np.float64(utility) * alpha))
 
 
 @njit(cache=True, nogil=True)
-def cost(weight: float, beta: float) -> int:
+def cost(weight: float, beta: float) -> np.int64:
     """An edge's term of the objective, in units of the instance."""
     return np.int64(np.rint(np.float64(weight) * beta))
 

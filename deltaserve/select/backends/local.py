@@ -41,13 +41,14 @@ class LocalSession(Session):
         super().__init__(graph)
         self._directory = make_scratch(scratch) if scratch else None
         self.state = State.create(instance, self._directory)
-        self._pool = ThreadPoolExecutor(workers)
+        self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
+        self._each = self._pool.map if self._pool else map
 
     def map(self, step: Callable[..., Any], *arguments: Any) -> list[Any]:
         def run(number: int) -> Any:
             return step(self.graph.shards[number], self.state, *arguments)
 
-        return list(self._pool.map(run, range(len(self.graph.shards))))
+        return list(self._each(run, range(len(self.graph.shards))))
 
     def parts(
         self,
@@ -60,13 +61,14 @@ class LocalSession(Session):
             pieces = list(map(rows, self.graph.shards, repeat(self.state), repeat(part)))
             return solve(pieces, *arguments)
 
-        return self._pool.map(run, range(count))
+        return iter(self._each(run, range(count)))
 
     def write(self, name: str, ids: NDArray[np.int64] | slice, values: Any) -> None:
         self.state.arrays[name][ids] = values
 
     def close(self) -> None:
-        self._pool.shutdown()
+        if self._pool:
+            self._pool.shutdown()
         if self._directory:
             shutil.rmtree(self._directory)
 

@@ -8,7 +8,10 @@ swapping v with a point of the best set, so they hold for non-monotone objective
 within each group of a budget that takes exactly so many of each group. Strict inequalities
 matter: ties stay undecided.
 
-The approximate form (section 4.2) subtracts only a sample of the undecided neighbours.
+The approximate form (section 4.2) subtracts only a sample of the undecided neighbours. It
+cannot include more than k points (the paper subsamples in that case): its U_min is at most
+U_max, at most k - 1 points have a U_max above the k-th largest, and k is what is missing
+before each pass.
 """
 
 from __future__ import annotations
@@ -20,16 +23,14 @@ from numba import njit
 from numpy.typing import NDArray
 
 from deltaserve.select.graph import AnyShard
-from deltaserve.select.kth import Cut, first_beyond, kth_largest
+from deltaserve.select.kth import LOWEST, kth_largest
 from deltaserve.select.options import Bounding
 from deltaserve.select.random import draw, uniform
 from deltaserve.select.run import Run, Usage
-from deltaserve.select.state import FRESH, INCLUDED, OUT, UNDECIDED, State, writes
+from deltaserve.select.state import INCLUDED, OUT, UNDECIDED, State, writes
 from deltaserve.select.steps import cost, inside, worth
 
-# Streams of random numbers; a pass draws for (seed, stream + 8 * pass, point, neighbour).
-SAMPLE, OVERGROWN = 0, 1
-STREAMS = 8
+HIGHEST = np.iinfo(np.int64).max
 
 
 @njit(cache=True, nogil=True)
@@ -42,9 +43,9 @@ def _sampled_cost(
     fraction: float,
     bernoulli: bool,
     weighted: bool,
-) -> int:
+) -> np.int64:
     """Cost of a sample of ``count`` undecided neighbours; keys are uniform in (0, 1)."""
-    total = 0
+    total = np.int64(0)
     if bernoulli:
         mean = 0.0
         for j in range(count):
@@ -57,7 +58,7 @@ def _sampled_cost(
     # Top up to the share of all neighbours; what is in the set counts first.
     size = np.int64(np.rint(fraction * (taken + count))) - taken
     if size <= 0:
-        return 0
+        return np.int64(0)
     if weighted:
         # The smallest of exponential times with these rates (Efraimidis and Spirakis 2006).
         for j in range(count):
@@ -81,7 +82,7 @@ def _bounds(
     alpha: float,
     beta: float,
     seed: int,
-    stream: int,
+    number: int,
     fraction: float,
     bernoulli: bool,
     weighted: bool,
@@ -95,7 +96,8 @@ def _bounds(
         v = start + i
         if status[v] != UNDECIDED:
             continue
-        value, taken, count, rest = worth(utility[v], alpha), 0, 0, 0
+        value, rest = worth(utility[v], alpha), np.int64(0)
+        taken, count = 0, 0
         for e in range(indptr[i], indptr[i + 1]):
             w = indices[e]
             term = cost(weights[e], beta)
@@ -105,7 +107,7 @@ def _bounds(
             elif status[w] == UNDECIDED:
                 rest += term
                 if fraction < 1.0:
-                    keys[count] = uniform(draw(seed, stream, v, w))
+                    keys[count] = uniform(draw(seed, number, v, w))
                     costs[count], similarity[count] = term, weights[e]
                     count += 1
         if fraction < 1.0:
@@ -131,7 +133,7 @@ def bounds(shard: AnyShard, state: State, options: Bounding, seed: int, number: 
         i.alpha,
         i.beta,
         seed,
-        SAMPLE + STREAMS * number,
+        number,
         options.fraction,
         options.sampling == "bernoulli",
         options.weighting == "weighted",
@@ -148,48 +150,12 @@ def drop(shard: AnyShard, state: State, least: NDArray[np.int64]) -> None:
 
 
 @writes("status")
-def nominate(shard: AnyShard, state: State, least: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Mark the points with U_min above their group's number FRESH; how many in each group."""
+def include(shard: AnyShard, state: State, least: NDArray[np.int64]) -> None:
+    """Include the undecided points with U_min above their group's number."""
     rows = slice(shard.start, shard.stop)
     status, group = state.status[rows], state.instance.group[rows]
     limit = least[group] if len(group) else least[0]
-    status[(status == UNDECIDED) & (state.low[rows] > limit)] = FRESH
-    marked = status == FRESH
-    which = group[marked] if len(group) else np.zeros(np.count_nonzero(marked), np.int32)
-    return np.bincount(which, minlength=len(least))
-
-
-@writes("low")
-def shuffle(shard: AnyShard, state: State, seed: int, stream: int) -> None:
-    """Give the FRESH points random numbers instead of bounds."""
-    _shuffle(shard.start, shard.stop, state.status, state.low, seed, stream)
-
-
-@njit(cache=True, nogil=True)
-def _shuffle(
-    start: int,
-    stop: int,
-    status: NDArray[np.uint8],
-    low: NDArray[np.int64],
-    seed: int,
-    stream: int,
-) -> None:
-    for v in range(start, stop):
-        if status[v] == FRESH:
-            low[v] = np.int64(draw(seed, stream, v) >> np.uint64(1))
-
-
-@writes("status")
-def include(shard: AnyShard, state: State, cut: Cut) -> None:
-    """Include the FRESH points before the cut; the others are undecided again."""
-    rows = slice(shard.start, shard.stop)
-    status, low, group = state.status[rows], state.low[rows], state.instance.group[rows]
-    ids = np.arange(shard.start, shard.stop)
-    keys, last = (cut.keys[group], cut.ids[group]) if len(group) else (cut.keys, cut.ids)
-    fresh = status == FRESH
-    before = (low > keys) | ((low == keys) & (ids < last))
-    status[fresh & before] = INCLUDED
-    status[fresh & ~before] = UNDECIDED
+    status[(status == UNDECIDED) & (state.low[rows] > limit)] = INCLUDED
 
 
 def bounding(run: Run, options: Bounding) -> None:
@@ -205,14 +171,16 @@ def bounding(run: Run, options: Bounding) -> None:
         verb = place["verb"]
         run.session.map(bounds, options, run.seed, place["pass"])
         if verb == "shrink":
-            decided = _shrink(run, used, missing)
+            run.session.map(drop, _thresholds(run, "low", used, missing, LOWEST))
         else:
-            decided = _grow(run, used, missing, options.overgrow)
+            run.session.map(include, _thresholds(run, "gain", used, missing, HIGHEST))
+        decided = int(used.open.sum() - run.usage().open.sum())
         place = {**place, "pass": place["pass"] + 1, "changed": place["changed"] or decided > 0}
         if decided == 0:
             place = _turn(place)
         run.note(verb, decided=decided, undecided=int(used.open.sum()) - decided)
-        run.save(**place)
+        if place["stage"] == "bounding":
+            run.save(**place)
     used, size = run.usage(), run.session.graph.num_points
     included, undecided = int(used.taken.sum()), int(used.open.sum())
     excluded = size - included - undecided - run.num_chosen
@@ -227,22 +195,6 @@ def _turn(place: dict[str, Any]) -> dict[str, Any]:
     if not place["changed"]:
         return {**place, "stage": "bounded"}
     return {**place, "verb": "shrink", "changed": False}
-
-
-def _shrink(run: Run, used: Usage, missing: NDArray[np.int64]) -> int:
-    least = _thresholds(run, "low", used, missing, nothing=np.iinfo(np.int64).min)
-    run.session.map(drop, least)
-    return int(used.open.sum() - run.usage().open.sum())
-
-
-def _grow(run: Run, used: Usage, missing: NDArray[np.int64], overgrow: str) -> int:
-    session = run.session
-    least = _thresholds(run, "gain", used, missing, nothing=np.iinfo(np.int64).max)
-    marked = np.sum(session.map(nominate, least), axis=0)
-    if overgrow == "random" and np.any(marked > missing):
-        session.map(shuffle, run.seed, OVERGROWN + STREAMS * run.place["pass"])
-    session.map(include, first_beyond(session, "low", missing, status=FRESH))
-    return int(np.minimum(marked, missing).sum())
 
 
 def _thresholds(

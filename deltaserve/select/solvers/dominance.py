@@ -24,7 +24,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from deltaserve.select.graph import AnyShard
-from deltaserve.select.kth import Cut, first_beyond
+from deltaserve.select.kth import LOWEST, Cut, first_beyond
 from deltaserve.select.run import Run, Usage
 from deltaserve.select.state import FRESH, UNDECIDED, State, writes
 from deltaserve.select.steps import EVERY, begin, refresh, retire
@@ -85,29 +85,47 @@ def dominance(run: Run) -> None:
         session.map(refresh, EVERY)
     used = run.usage()
     while not run.full(used):
-        cut = _reach(run, used)
-        session.map(refresh, cut.keys)
+        cut = _level(run, used)
         while taken := sum(session.map(dominate, cut)):
             session.map(refresh, cut.keys)
-            run.note("sweep", selected=taken, least_gain=int(cut.keys.max()) / run.scale)
+            run.note("sweep", selected=taken, reach=_in_units(run, cut))
             run.save(stage="dominance")
         used = run.usage()
         session.map(retire, used.taken >= run.limits.caps, run.tokens_left(used), run.limits.length)
 
 
-def _reach(run: Run, used: Usage) -> Cut:
-    """How far down the order the budget surely reaches, for each group."""
-    session, limits = run.session, run.limits
-    cut = first_beyond(session, "gain", limits.caps - used.taken, status=UNDECIDED)
-    left = limits.k - int(used.taken.sum())
-    if len(limits.caps) > 1 and int((limits.caps - used.taken).sum()) > left:
-        room = np.array([left], np.int64)
-        cut = cut.later(first_beyond(session, "gain", room, status=UNDECIDED, grouped=False))
-    if len(limits.length):
-        room = np.array([run.tokens_left(used)], np.int64)
-        cut = cut.later(
-            first_beyond(
-                session, "gain", room, status=UNDECIDED, grouped=False, length=limits.length
-            )
-        )
+def _level(run: Run, used: Usage) -> Cut:
+    """A cut with correct gains before it.
+
+    Gains are corrected twice as far as the budget reaches by upper bounds: else many points
+    before the cut would leave it again, and levels would come to little.
+    """
+    far = _reach(run, used, 2)
+    run.session.map(refresh, far.keys)
+    cut = _reach(run, used, 1)
+    if np.any(cut.keys < far.keys):
+        run.session.map(refresh, cut.keys)
     return cut
+
+
+def _reach(run: Run, used: Usage, times: int) -> Cut:
+    """How far down the order so many times what is left of the budget surely reaches."""
+    limits, room = run.limits, times * (run.limits.caps - used.taken)
+    cut = first_beyond(run.session, "gain", room, status=UNDECIDED)
+    left = times * (limits.k - int(used.taken.sum()))
+    if len(room) > 1 and room.sum() > left:
+        cut = cut.later(_reach_in_all(run, left))
+    if len(limits.length):
+        cut = cut.later(_reach_in_all(run, times * run.tokens_left(used), limits.length))
+    return cut
+
+
+def _reach_in_all(run: Run, left: int, length: NDArray[np.int64] | None = None) -> Cut:
+    room = np.array([left], np.int64)
+    return first_beyond(run.session, "gain", room, status=UNDECIDED, grouped=False, length=length)
+
+
+def _in_units(run: Run, cut: Cut) -> float | None:
+    """The highest key of the cut, in the user's units; None when it is open."""
+    key = int(cut.keys.max())
+    return None if key == LOWEST else key / run.scale

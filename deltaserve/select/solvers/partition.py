@@ -29,6 +29,8 @@ from deltaserve.select.state import NO_PART, OUT, SELECTED, UNDECIDED, State, wr
 from deltaserve.select.steps import EVERY, begin, refresh
 
 NO_LENGTHS = np.empty(0, np.int64)
+# From so many partitions on, half of the pool or more scores below 60 % in the paper (figure 4).
+POOR_PARTITIONS = 8
 
 
 @njit(cache=True, nogil=True)
@@ -177,9 +179,7 @@ def accept(shard: AnyShard, state: State) -> None:
     status[status == UNDECIDED] = SELECTED
 
 
-def keep_in_round(
-    size: int, k: int, gamma: float, rounds: int, number: int
-) -> int:
+def keep_in_round(size: int, k: int, gamma: float, rounds: int, number: int) -> int:
     """Points to keep in round ``number`` (from 1) of all: gamma's share of a straight line."""
     return math.ceil(gamma * (rounds - number) * (size - k) / rounds) + k
 
@@ -198,6 +198,8 @@ def partition(run: Run, options: Partition, first: NDArray[np.uint16] | None = N
         # What is in the set already is the context of every partition.
         run.save(stage="partition", round=0, sizes=used.open.tolist())
     sizes = np.array(run.place["sizes"], np.int64)
+    if options.partitions >= POOR_PARTITIONS and 2 * need.sum() >= sizes.sum():
+        run.note("advice", text="partitions lose much at half the pool: try the solver dominance")
     cap = math.ceil(int(sizes.sum()) / options.partitions)
     session.map(refresh, EVERY)
     for number in range(run.place["round"] + 1, options.rounds + 1):
