@@ -126,13 +126,17 @@ def run(
     bounding: Annotated[str, typer.Option(help="exact, approximate, or none.")] = "exact",
     partitions: Annotated[int, typer.Option(help="Of the solver partition.")] = 8,
     rounds: Annotated[int, typer.Option(help="Of the solver partition.")] = 8,
+    gamma: Annotated[float, typer.Option(help="Of the solver partition.")] = 0.75,
     work: Annotated[
         Path | None,
         typer.Option(help="Keep what takes long in this folder, and go on from there."),
     ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens that models read of a sample.")] = 512,
     device: Annotated[str, typer.Option(help="For models: cpu, cuda, ...")] = "cpu",
-    workers: Annotated[int, typer.Option(help="Threads of the solver.")] = 1,
+    backend: Annotated[
+        str, typer.Option(help="Where the solver runs: threads, processes or ray.")
+    ] = "threads",
+    workers: Annotated[int, typer.Option(help="Of the solver.")] = 1,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Select the best samples of a pool: worth having, and unlike each other.
@@ -189,9 +193,11 @@ def run(
         bounding=None if bounding == "none" else bounding,
         partitions=partitions,
         rounds=rounds,
+        gamma=gamma,
         work=work,
         max_length=max_length,
         device=device,
+        backend=backend,
         workers=workers,
         seed=seed,
     )

@@ -8,7 +8,7 @@ from typing import Any
 from deltaserve.errors import SelectionError
 
 # What `pip install 'deltaserve[select]'` brings; datasets is left to those who use it.
-HINTS = {"datasets": "pip install datasets"}
+HINTS = {"datasets": "pip install datasets", "ray": "pip install 'deltaserve[select,ray]'"}
 EXTRA = "pip install 'deltaserve[select]'"
 
 

@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 
 from deltaserve.errors import SelectionError
+from deltaserve.select.backends.base import Backend
 from deltaserve.select.backends.local import Local
+from deltaserve.select.backends.processes import Processes
 from deltaserve.select.baselines import baselines, compare, gains_in_order
+from deltaserve.select.extras import load_extra
 from deltaserve.select.output import write_selection
 from deltaserve.select.policies import POLICIES, Choice, Features
 from deltaserve.select.pool import Columns, Pool, Progress, no_progress
@@ -104,7 +107,7 @@ def _solve(settings: Settings, ready: Prepared, store: Store, progress: Progress
     checkpoint = None
     if settings.work is not None:
         how = (settings.solver, settings.bounding, settings.partitions, settings.rounds)
-        checkpoint = store.path("progress", problem.digest, *how, settings.seed)
+        checkpoint = store.path("progress", problem.digest, *how, settings.gamma, settings.seed)
 
     taken = 0
 
@@ -117,12 +120,23 @@ def _solve(settings: Settings, ready: Prepared, store: Store, progress: Progress
         problem,
         solver=settings.solver,  # type: ignore[arg-type]  # checked by Settings
         bounding=settings.bounding,  # type: ignore[arg-type]
-        partition=Partition(settings.partitions, settings.rounds),
-        backend=Local(settings.workers),
+        partition=Partition(settings.partitions, settings.rounds, settings.gamma),
+        backend=_backend(settings),
         seed=settings.seed,
         checkpoint=checkpoint,
         progress=report,
     )
+
+
+def _backend(settings: Settings) -> Backend:
+    if settings.backend == "processes":
+        return Processes(settings.workers)
+    if settings.backend == "ray":
+        load_extra("ray")
+        from deltaserve.select.backends.rayactors import RayActors
+
+        return RayActors(settings.workers)
+    return Local(settings.workers)
 
 
 def _choose(settings: Settings, ready: Prepared) -> Choice:

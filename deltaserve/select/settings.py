@@ -48,7 +48,8 @@ class Settings:
     """"exact", "approximate", or None: decide what can be decided before solving."""
     partitions: int = 8
     rounds: int = 8
-    """Of the solver "partition"."""
+    gamma: float = 0.75
+    """Of the solver "partition": see `options.Partition`."""
 
     utility: str | np.ndarray = "none"
     """One of UTILITIES, or a number for each sample."""
@@ -84,8 +85,9 @@ class Settings:
     max_length: int = 512
     batch_tokens: int = 8192
     device: str = "cpu"
+    backend: str = "threads"
+    """Where the solver runs: "threads", "processes", or "ray"; the answer is the same."""
     workers: int = 1
-    """Threads of the solver."""
     work: Path | None = None
     """Folder that keeps embeddings, utilities, graph and progress, to go on after a stop."""
     seed: int = 0
@@ -94,6 +96,7 @@ class Settings:
         _one_of("objective", self.objective, OBJECTIVES)
         _one_of("solver", self.solver, ("dominance", "greedy", "partition"))
         _one_of("bounding", self.bounding, ("exact", "approximate", None))
+        _one_of("backend", self.backend, ("threads", "processes", "ray"))
         _one_of("scale", self.scale, ("robust", "centre"))
         _one_of("dedup", self.dedup, ("exact", "minhash", "cosine", None))
         _one_of("per", self.per, ("label", "source", None))

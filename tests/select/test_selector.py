@@ -66,6 +66,7 @@ def test_the_same_settings_select_the_same_and_bounding_changes_nothing(path):
         return Selector(k=30, utility="column:worth", **changes).fit(path).rows_.tolist()
 
     assert rows() == rows() == rows(workers=2)
+    assert rows() == rows(workers=2, backend="processes")
     assert set(rows()) == set(rows(bounding=None)) == set(rows(solver="greedy", bounding=None))
 
 
@@ -206,6 +207,7 @@ def test_a_pool_opened_without_the_column_is_refused(path):
         ({"k": 5, "embed": "m", "embeddings": np.ones((1, 1))}, "not both"),
         ({"k": 5, "alpha": -1.0}, "alpha is"),
         ({"k": 5, "keep": ["nobody"]}, "no sample with the id 'nobody'"),
+        ({"k": 5, "backend": "beam"}, "no backend 'beam'"),
         ({"k": 5, "seed": -1}, "seed must be 0 or more"),
     ],
 )
