@@ -32,6 +32,7 @@ from deltaserve.select.scale import (
     fit_whitening,
     min_centred,
     robust_scaled,
+    untied,
 )
 from deltaserve.select.settings import COLUMN, Settings
 from deltaserve.select.solve import Budget, Problem
@@ -40,7 +41,6 @@ from deltaserve.select.tokens import ModelOptions
 from deltaserve.select.utility import SCORES, relevance, score_pool
 
 THRESHOLDS = {"exact": 1.0, "minhash": 0.8, "cosine": 0.95}
-LOT = 1e-3
 WORDS = "words and pairs of words, hashed"
 
 
@@ -67,10 +67,15 @@ class Preparation:
     def __init__(self, settings: Settings, pool: Pool, store: Store, progress: Progress) -> None:
         self.settings, self.pool, self.store, self.progress = settings, pool, store, progress
         self.facts: dict[str, Any] = {}
+        # bool [n]: selected before.
+        self.chosen = np.zeros(len(pool), dtype=bool)
+        if settings.keep is not None:
+            ids = settings.keep if isinstance(settings.keep, list) else read_ids(settings.keep)
+            self.chosen[pool.rows(ids)] = True
+            self.facts["selected before"] = int(self.chosen.sum())
 
     def run(self) -> Prepared:
-        settings, pool = self.settings, self.pool
-        chosen = self.chosen()
+        settings, pool, chosen = self.settings, self.pool, self.chosen
         # Before hours of embedding: can the budget be met at all?
         everything = np.arange(len(pool))
         make_limits(self.budget(everything), len(pool), chosen)
@@ -78,14 +83,14 @@ class Preparation:
         transform = fit_whitening(vectors, settings.seed) if settings.whiten else Transform()
         scores = self.scores()
         raw = self.utility(vectors, scores)
-        found = self.duplicates(vectors, transform, raw, chosen)
+        found = self.duplicates(vectors, transform, raw)
         rows = everything if found is None else np.flatnonzero(found.keep | chosen)
         if len(rows) < len(pool):
             every = vectors
             vectors = self.store.array(
                 lambda path: take_rows(every, rows, path), "kept", digest(rows), *self.source()
             )
-        self.check_candidates(rows, chosen)
+        self.check_candidates(rows)
         problem = Problem(
             self.graph(vectors, transform, "graph", digest(rows)),
             self.scaled(raw[rows], rows).astype(np.float32),
@@ -96,10 +101,10 @@ class Preparation:
         )
         return Prepared(pool, rows, raw, scores, found, vectors, transform, problem, self.facts)
 
-    def check_candidates(self, rows: np.ndarray, chosen: np.ndarray) -> None:
+    def check_candidates(self, rows: np.ndarray) -> None:
         """The pool met the budget; what is left of it may not."""
         try:
-            make_limits(self.budget(rows), len(rows), chosen[rows])
+            make_limits(self.budget(rows), len(rows), self.chosen[rows])
         except SelectionError as cause:
             removed = len(self.pool) - len(rows)
             raise SelectionError(
@@ -124,7 +129,7 @@ class Preparation:
             check_embeddings(s.embeddings, len(pool), "the array")
             found, name = s.embeddings, "an array"
         elif s.embeddings is not None:
-            found, name = load_embeddings(s.embeddings, len(pool), s.embedding_column), None
+            found = load_embeddings(s.embeddings, len(pool), s.embedding_column)
             name = str(s.embeddings)
         else:
             found = self.store.array(
@@ -142,26 +147,22 @@ class Preparation:
         return embed_pool(pool, options, out=path, progress=self.progress)
 
     def scores(self) -> dict[str, np.ndarray]:
-        """The scores of the model, and the loss of the reference, if anybody needs them."""
-        s = self.settings
+        """SCORES of the model, and the loss of the reference, where they are given."""
         found: dict[str, np.ndarray] = {}
-        for prefix, model in (("", s.model), ("reference_", s.reference)):
-            if model is not None:
-                # An array [n, scores]: one file for the one pass over the pool.
-                table = self.store.array(
-                    lambda _, model=model: np.stack(  # type: ignore[misc]
-                        list(
-                            score_pool(self.pool, self.model_options(model), self.progress).values()
-                        ),
-                        axis=1,
-                    ),
-                    "scores",
-                    self.pool.digest,
-                    stamp(model),
-                    s.max_length,
-                )
-                found |= {prefix + name: table[:, at] for at, name in enumerate(SCORES)}
+        if self.settings.model is not None:
+            found |= self.scored(self.settings.model)
+        if self.settings.reference is not None:
+            found["reference_loss"] = self.scored(self.settings.reference)["loss"]
         return found
+
+    def scored(self, model: str) -> dict[str, np.ndarray]:
+        def make(_: Path) -> np.ndarray:
+            scores = score_pool(self.pool, self.model_options(model), self.progress)
+            return np.stack([scores[name] for name in SCORES], axis=1)
+
+        key = (self.pool.digest, stamp(model), self.settings.max_length)
+        table = self.store.array(make, "scores", *key)
+        return {name: table[:, at] for at, name in enumerate(SCORES)}
 
     def utility(self, vectors: np.ndarray, scores: dict[str, np.ndarray]) -> np.ndarray:
         """float64 [n], not scaled yet."""
@@ -180,12 +181,8 @@ class Preparation:
         elif name == "rho":
             values = scores["loss"] - scores["reference_loss"]
         elif name == "relevance":
-            targets = self.embed(
-                Pool(
-                    s.target, replace(s.columns, label=None, source=None, tokens=None, utility=None)
-                )
-            )
-            values = relevance(vectors, targets)
+            plain = replace(s.columns, label=None, source=None, tokens=None, utility=None)
+            values = relevance(vectors, self.embed(Pool(s.target, plain)))
         else:
             values = scores[name]
         values = check_utility(values, len(pool), f"the utility {name}")
@@ -199,26 +196,21 @@ class Preparation:
         return values
 
     def scaled(self, raw: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """float64 [m], 0 or more.
-
-        Where all are worth the same, up to a thousandth is drawn by lot: ties fall to the lower
-        row, and the beginning of the pool is not worth more than its end.
-        """
-        if raw.min() == raw.max():
-            return 1 - LOT * np.random.default_rng(self.settings.seed).random(len(raw))
-        if self.settings.scale == "centre":
+        """float64 [m], 0 or more."""
+        s = self.settings
+        if s.scale == "centre" and raw.min() < raw.max():
             return min_centred(raw)
-        return robust_scaled(raw, self.pool.sources.codes[rows])
+        return untied(robust_scaled(raw, self.pool.sources.codes[rows]), s.seed)
 
     def duplicates(
-        self, vectors: np.ndarray, transform: Transform, raw: np.ndarray, chosen: np.ndarray
+        self, vectors: np.ndarray, transform: Transform, raw: np.ndarray
     ) -> Duplicates | None:
         s, pool = self.settings, self.pool
         if s.dedup is None:
             return None
         threshold = s.dedup_threshold or THRESHOLDS[s.dedup]
         # What was selected before stands for its copies.
-        best = np.where(chosen, np.inf, raw)
+        best = np.where(self.chosen, np.inf, raw)
         if s.dedup == "exact":
             found = keep_best(pool.contents, best)
         elif s.dedup == "minhash":
@@ -265,15 +257,6 @@ class Preparation:
         self.facts["graph" if name == "graph" else f"graph of {name}"] = facts
         return graph
 
-    def chosen(self) -> np.ndarray:
-        """bool [n]: selected before."""
-        mask = np.zeros(len(self.pool), dtype=bool)
-        if self.settings.keep is not None:
-            ids = self.settings.keep
-            mask[self.pool.rows(ids if isinstance(ids, list) else read_ids(ids))] = True
-            self.facts["selected before"] = int(mask.sum())
-        return mask
-
     def budget(self, rows: np.ndarray) -> Budget:
         """The budget over the candidates ``rows``."""
         s, pool = self.settings, self.pool
@@ -282,9 +265,11 @@ class Preparation:
             return Budget(k=s.k, tokens=s.tokens, lengths=lengths)
         groups = pool.labels if s.per == "label" else pool.sources
         assert groups is not None
-        codes = groups.codes[rows]
-        counts = _counts(s, groups, np.bincount(codes, minlength=len(groups.names)))
-        return Budget(s.k, codes, dict(enumerate(counts.tolist())), s.tokens, lengths)
+        codes, free = groups.codes[rows], ~self.chosen[rows]
+        sizes = np.bincount(codes[free], minlength=len(groups.names))
+        counts = _counts(s, groups, sizes)
+        present = {int(code): int(counts[code]) for code in np.unique(codes)}
+        return Budget(s.k, codes, present, s.tokens, lengths)
 
 
 def read_ids(path: Path) -> list[str]:

@@ -11,9 +11,11 @@ import numpy as np
 
 from deltaserve.errors import SelectionError
 
-# Utilities beyond these quantiles of their source count as the quantile: one absurd value must
+# Beyond these quantiles of their source only the rank of a utility counts: one absurd value must
 # not flatten all others.
-LOW, HIGH = 0.01, 0.99
+TAIL = 0.01
+# Of equal utilities, up to this much is drawn by lot.
+LOT = 1e-3
 # Added to every variance, as a share of their mean: directions with hardly any variance are
 # noise, and whitening without a floor would make them as loud as the rest.
 RIDGE = 0.1
@@ -47,20 +49,44 @@ def min_centred(utility: np.ndarray) -> np.ndarray:
 
 
 def robust_scaled(utility: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Each source's utilities on 0 to 1: its 1st percentile becomes 0, its 99th 1.
+    """Each source's utilities on 0 to 1, in their order.
 
-    utility: float64 [n]; codes: int [n], the source of each. A source whose utilities are all
-    the same has no order of its own and gets 0.5.
+    The range from the 1st to the 99th percentile is mapped linearly to 0.01 to 0.99; the tails
+    beyond share the rest by rank. utility: float64 [n]; codes: int [n], the source of each. A
+    source whose utilities are all the same has no order of its own and gets 0.5.
     """
     scaled = np.empty(len(utility))
     for code in np.unique(codes):
         rows = codes == code
-        low, high = np.quantile(utility[rows], (LOW, HIGH))
-        if high > low:
-            scaled[rows] = np.clip((utility[rows] - low) / (high - low), 0.0, 1.0)
-        else:
-            scaled[rows] = 0.5
+        scaled[rows] = _one_scaled(utility[rows])
     return scaled
+
+
+def _one_scaled(u: np.ndarray) -> np.ndarray:
+    low, high = np.quantile(u, (TAIL, 1 - TAIL))
+    if u.min() == u.max():
+        return np.full(len(u), 0.5)
+    if low == high:  # nearly all the same: only the ranks are left
+        return _ranks(u)
+    scaled = TAIL + (1 - 2 * TAIL) * (u - low) / (high - low)
+    below, above = u < low, u > high
+    scaled[below] = TAIL * _ranks(u[below])
+    scaled[above] = 1 - TAIL + TAIL * _ranks(u[above])
+    return scaled
+
+
+def _ranks(u: np.ndarray) -> np.ndarray:
+    """0 to 1, equal for equal values: the share of distinct values up to each, its own half."""
+    distinct, places = np.unique(u, return_inverse=True)
+    return (places + 0.5) / max(1, len(distinct))
+
+
+def untied(scaled: np.ndarray, seed: int) -> np.ndarray:
+    """With a little added by lot, too little to change an order: of equals the lower row comes
+    first, and the beginning of a pool is not worth more than its end."""
+    gaps = np.diff(np.unique(scaled))
+    lot = min(LOT, gaps.min() / 2) if len(gaps) else LOT
+    return scaled + lot * np.random.default_rng(seed).random(len(scaled))
 
 
 def unit(x: np.ndarray) -> np.ndarray:

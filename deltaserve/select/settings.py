@@ -128,17 +128,20 @@ class Settings:
             )
 
     def _check_utility(self) -> None:
-        name, needed = self.utility, set(POLICIES[self.objective].needs if self.is_policy else ())
-        if isinstance(name, str):
-            if not (name in UTILITIES or name.startswith(COLUMN) or name.endswith(".npy")):
-                raise SelectionError(f"no utility {name!r}: choose one of {', '.join(UTILITIES)}")
-            needed.add(name)
-        if needed & {*SCORES, "rho"} and self.model is None:
-            raise SelectionError(f"{', '.join(sorted(needed & {*SCORES, 'rho'}))} need a model")
-        if needed & {"rho", "reference_loss"} and self.reference is None:
-            raise SelectionError("the difference of losses needs a reference model")
-        if "relevance" in needed and self.target is None:
-            raise SelectionError("relevance needs target examples")
+        """What the utility and the policy need is given, and nothing that nobody needs."""
+        needed = set(POLICIES[self.objective].needs if self.is_policy else ())
+        if isinstance(self.utility, str):
+            known = (*UTILITIES, COLUMN + self.utility.removeprefix(COLUMN))
+            if self.utility not in known and not self.utility.endswith(".npy"):
+                raise SelectionError(
+                    f"no utility {self.utility!r}: choose one of {', '.join(UTILITIES)}"
+                )
+            needed.add(self.utility)
+        needs_model = bool(needed & {*SCORES, "rho"})
+        needs_reference = bool(needed & {"rho", "reference_loss"})
+        _given("a model", self.model, needs_model, f"{', '.join(SCORES)} and rho")
+        _given("a reference model", self.reference, needs_reference, "rho and rholoss")
+        _given("target examples", self.target, "relevance" in needed, "relevance")
         if "relevance" in needed and self.embeddings is not None:
             raise SelectionError(
                 "relevance embeds the targets as well: name the model (embed) instead of embeddings"
@@ -153,6 +156,15 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """What a receipt says: arrays by their shapes, their digests stand elsewhere in it."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def _given(what: str, value: Any, needed: bool, whom: str) -> None:
+    if needed and value is None:
+        raise SelectionError(f"{whom} cannot do without {what}")
+    if value is not None and not needed:
+        raise SelectionError(
+            f"{what} given, but only {whom} would use it: ask for that, or drop it"
+        )
 
 
 def _one_of(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:

@@ -22,6 +22,7 @@ from deltaserve.select.scale import unit
 from deltaserve.select.selector import Selector
 from deltaserve.select.solve import Problem, objective
 from deltaserve.select.store import Store
+from deltaserve.select.utility import SCORES
 from tests.select.pools import clustered, make_causal, sentences, write_lines
 
 COUNT = 120
@@ -88,6 +89,9 @@ def test_copies_are_not_selected_together(tmp_path):
 def test_equal_shares_and_counts_per_label(path):
     equal = Selector(k=21, per="label", columns=ALL).fit(path)
     assert sorted(np.bincount(equal.pool_.labels.codes[equal.rows_])) == [10, 11]
+    first = Selector(k=20, columns=ALL).fit(path)
+    rest = {"k": 100, "per": "label", "columns": ALL, "keep": first.ids_}
+    assert len(Selector(**rest).fit(path).ids_) == 100
     named = Selector(per="label", counts={"a": 12}, columns=ALL).fit(path)
     assert {named.pool_.labels.names[c] for c in named.pool_.labels.codes[named.rows_]} == {"a"}
     assert len(named.rows_) == 12
@@ -117,9 +121,10 @@ def test_more_is_added_to_what_was_selected_before(path, tmp_path, dedup):
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_every_policy_selects_from_a_pool(path, model, name):
-    selector = Selector(
-        k=9, objective=name, model=model, reference=model, columns=ALL, dedup="minhash"
-    ).fit(path)
+    needs = POLICIES[name].needs
+    models = {"model": model} if {*SCORES} & {*needs} else {}
+    models |= {"reference": model} if "reference_loss" in needs else {}
+    selector = Selector(k=9, objective=name, columns=ALL, dedup="minhash", **models).fit(path)
     assert len(set(selector.ids_)) == 9
     assert selector.receipt_["objective"] == pytest.approx(selector.gains_.sum())
     if name == "craig":
@@ -129,10 +134,13 @@ def test_every_policy_selects_from_a_pool(path, model, name):
 @pytest.mark.parametrize("utility", ["length", "loss", "margin", "rho", "relevance"])
 def test_every_utility_orders_the_pool(path, model, utility, tmp_path):
     target = write_lines(tmp_path / "target.jsonl", [{"text": "red fox runs"}])
-    settings = {"model": model, "reference": model, "embed": model, "target": target}
+    settings = {"embed": model}
+    settings |= {"model": model} if utility in ("loss", "margin", "rho") else {}
+    settings |= {"reference": model} if utility == "rho" else {}
+    settings |= {"target": target} if utility == "relevance" else {}
     selector = Selector(k=9, utility=utility, beta=0.0, **settings).fit(path)
     top = selector.receipt_["baselines"]["top utility"]
-    assert top["shared"] == 9 or utility == "rho"  # of a model against itself: all equal
+    assert top["shared"] == 9
     assert selector.receipt_["utility"]["from"] == utility
 
 
@@ -191,9 +199,14 @@ def test_a_pool_opened_without_the_column_is_refused(path):
         ({"k": 500}, "k is 500, but the pool has only 120"),
         ({"k": 5, "objective": "best"}, "no objective 'best'"),
         ({"k": 5, "utility": "quality"}, "no utility 'quality'"),
-        ({"k": 5, "utility": "loss"}, "loss need a model"),
-        ({"k": 5, "utility": "rho", "model": "m"}, "needs a reference"),
-        ({"k": 5, "utility": "relevance"}, "needs target examples"),
+        ({"k": 5, "utility": "loss"}, "cannot do without a model"),
+        (
+            {"k": 5, "utility": "rho", "model": "m"},
+            "rho and rholoss cannot do without a reference model",
+        ),
+        ({"k": 5, "utility": "relevance"}, "relevance cannot do without target examples"),
+        ({"k": 5, "model": "m"}, "a model given, but only loss, .* would use it"),
+        ({"k": 5, "target": "t.jsonl"}, "target examples given, but only relevance"),
         ({"k": 5, "objective": "label_balanced"}, "needs the column of the labels"),
         ({"k": 5, "objective": "kcenter", "per": "source"}, "takes k and no other budget"),
         ({"tokens": 5}, "needs the column that counts them"),
