@@ -6,6 +6,7 @@ n samples in the pool, m of them candidates (all that are no duplicates).
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,7 @@ class Preparation:
         codes, free = groups.codes[rows], ~self.chosen[rows]
         sizes = np.bincount(codes[free], minlength=len(groups.names))
         counts = _counts(s, groups, sizes)
-        present = {int(code): int(counts[code]) for code in np.unique(codes)}
+        present: dict[Hashable, int] = {int(c): int(counts[c]) for c in np.unique(codes)}
         return Budget(s.k, codes, present, s.tokens, lengths)
 
 
