@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from deltaserve.select.backends.local import Local
 from deltaserve.select.budgets import Budget
+from deltaserve.select.compiled import kernel
 from deltaserve.select.graph import Graph
 from deltaserve.select.problem import Problem
 from deltaserve.select.run import Run
@@ -74,7 +74,7 @@ def integers(problem: Problem) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, An
     return worth, np.rint(dense(problem.graph) * i.beta).astype(np.int64)
 
 
-@njit(cache=True)
+@kernel
 def _enumerate(worth, cost, k):
     n = len(worth)
     best, common, union, found = np.int64(0), 0, 0, False
@@ -128,7 +128,8 @@ def naive_greedy(problem: Problem) -> list[int]:
     room, tokens = limits.caps.copy(), limits.tokens
     taken: list[int] = []
     while free.any() and len(taken) < limits.k:
-        key = gain // limits.divisor if len(limits.divisor) else gain
+        divisor = problem.instance.divisor
+        key = gain // divisor if len(divisor) else gain
         v = int(np.flatnonzero(free)[np.argmax(key[free])])
         free[v] = False
         group = limits.group[v] if len(limits.group) else 0

@@ -101,8 +101,8 @@ def bounds(report: Report, fixture: Fixture) -> None:
             excluded = counts["excluded"] / size
             report.at_least("B3", f"{label}: exact bounding excludes", excluded, 0.25)
         elif share == 0.5:
-            decided = size - counts["undecided"]
-            report.at_most("B3", f"{label}: exact bounding decides", decided, 0)
+            decided = 1 - counts["undecided"] / size
+            report.at_most("B3", f"{label}: exact bounding decides, share", decided, 0)
         else:
             included = counts["included"] / size
             report.at_least("B3", f"{label}: exact bounding includes", included, 0.1)

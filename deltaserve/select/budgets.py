@@ -50,12 +50,6 @@ class Limits:
     length: NDArray[np.int64]
     tokens: int
     per_token: bool
-    names: tuple[str, ...] = ()
-
-    @property
-    def divisor(self) -> NDArray[np.int64]:
-        """[points] what gains are divided by for the order; empty for 1."""
-        return self.length if self.per_token else self.length[:0]
 
 
 def make_limits(budget: Budget, num_points: int, chosen: NDArray[np.bool_] | None) -> Limits:
@@ -92,7 +86,6 @@ def make_limits(budget: Budget, num_points: int, chosen: NDArray[np.bool_] | Non
         length=length,
         tokens=UNLIMITED if budget.tokens is None else int(budget.tokens),
         per_token=budget.per_token,
-        names=names,
     )
 
 

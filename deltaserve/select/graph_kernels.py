@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from deltaserve.select.compiled import kernel
 from deltaserve.select.random import mix
 
 OK, RANGE, LOOP, WEIGHT, ORDER = range(5)
@@ -20,7 +20,7 @@ PROBLEMS = {
 }
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def check_rows(
     start: int,
     indptr: NDArray[np.int64],
@@ -56,7 +56,7 @@ def check_rows(
     return OK, 0, 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def check_edges(
     num_points: int,
     rows: NDArray[Any],
@@ -81,7 +81,7 @@ def check_edges(
     return OK, 0, 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def count_edges(
     start: int, stop: int, rows: NDArray[Any], cols: NDArray[Any], width: int
 ) -> NDArray[np.int64]:
@@ -102,7 +102,7 @@ def count_edges(
     return np.cumsum(indptr)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_edges(
     start: int,
     stop: int,
@@ -131,7 +131,7 @@ def fill_edges(
             place[w - start] += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def sort_rows(
     indptr: NDArray[np.int64], indices: NDArray[Any], values: NDArray[np.float32]
 ) -> NDArray[np.int64]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from deltaserve.select.compiled import kernel
 from deltaserve.select.state import State
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Cut:
         return Cut(np.where(first, keys, self.keys), np.where(first, ids, self.ids))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _histogram(
     start: int,
     values: NDArray[np.int64],
@@ -97,7 +97,6 @@ def histogram(
     shard: AnyShard,
     state: State,
     question: Question,
-    length: NDArray[np.int64],
     active: NDArray[np.bool_],
     prefix: NDArray[np.uint64],
     tied: NDArray[np.int64],
@@ -107,7 +106,7 @@ def histogram(
 ) -> NDArray[np.int64]:
     """[groups, 2^bits] totals by the bits above ``shift``, where the higher ones are ``prefix``."""
     rows = slice(shard.start, shard.stop)
-    group = state.instance.group
+    group, length = state.instance.group, state.instance.length
     return _histogram(
         shard.start,
         state.arrays[question.name][rows],
@@ -133,9 +132,8 @@ class _Radix:
         session: Session,
         question: Question,
         room: NDArray[np.int64],
-        length: NDArray[np.int64],
     ) -> None:
-        self.session, self.question, self.length = session, question, length
+        self.session, self.question = session, question
         self.room = room.copy()
         # Few bins for few points: filling the bins must not cost more than reading the values.
         bits = max(4, session.graph.num_points.bit_length())
@@ -151,7 +149,7 @@ class _Radix:
             low = max(0, high - self.bits)
             counts = sum(
                 self.session.map(
-                    histogram, self.question, self.length, self.active, prefix, self.keys,
+                    histogram, self.question, self.active, prefix, self.keys,
                     by_id, low, high - low,
                 )
             )  # fmt: skip
@@ -173,16 +171,15 @@ def first_beyond(
     *,
     status: int,
     grouped: bool = True,
-    length: NDArray[np.int64] | None = None,
+    weighed: bool = False,
     ids: bool = True,
 ) -> Cut:
     """The first point, in each group, that does not fit into ``room`` [groups] any more.
 
-    Points count 1 each, or their ``length`` [points]. With ``ids=False`` equal values are not
+    Points count 1 each, or their lengths when ``weighed``. With ``ids=False`` equal values are not
     told apart: all are beyond, and the ids are -1.
     """
-    question = Question(name, status, grouped and len(room) > 1, length is not None)
-    radix = _Radix(session, question, room, np.empty(0, np.int64) if length is None else length)
+    radix = _Radix(session, Question(name, status, grouped and len(room) > 1, weighed), room)
     words = radix.walk(64, by_id=False)
     found = radix.active.copy()
     radix.keys[found] = (words[found] ^ _SIGN).view(np.int64)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from deltaserve.errors import SelectionError
+from deltaserve.select.compiled import kernel
 from deltaserve.select.graph import AnyShard
 from deltaserve.select.problem import Instance, Problem
 from deltaserve.select.state import CHOSEN, SELECTED, State
 from deltaserve.select.steps import cost, inside, worth
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _value(
     start: int,
     indptr: NDArray[np.int64],

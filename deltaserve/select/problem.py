@@ -93,7 +93,8 @@ class Problem:
             alpha=self.alpha * scale,
             beta=self.beta * scale,
             scale=scale,
-            divisor=self.limits.divisor,
+            length=self.limits.length,
+            per_token=self.limits.per_token,
             group=self.limits.group,
         )
 
@@ -114,16 +115,22 @@ class Problem:
 class Instance:
     """The objective in integers: a point is worth rint(alpha * u), an edge rint(beta * s).
 
-    alpha and beta are scaled; ``scale`` leads back to the user's units. divisor: int64
-    [points] or empty, what gains are divided by for the order. group: int32 [points] or empty.
+    alpha and beta are scaled; ``scale`` leads back to the user's units. length: int64 [points]
+    or empty; group: int32 [points] or empty.
     """
 
     utility: NDArray[np.float32]
     alpha: float
     beta: float
     scale: float
-    divisor: NDArray[np.int64]
+    length: NDArray[np.int64]
+    per_token: bool
     group: NDArray[np.int32]
+
+    @property
+    def divisor(self) -> NDArray[np.int64]:
+        """[points] what gains are divided by for the order; empty for 1."""
+        return self.length if self.per_token else self.length[:0]
 
 
 @dataclass(frozen=True, eq=False)

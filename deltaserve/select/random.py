@@ -8,7 +8,8 @@ and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from deltaserve.select.compiled import kernel
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
@@ -16,7 +17,7 @@ _SECOND = np.uint64(0x94D049BB133111EB)
 _LOW = np.uint64(0xFFFFFFFF)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def mix(x: np.uint64) -> np.uint64:
     """A bijection of 64-bit words without visible structure."""
     x = (x ^ (x >> np.uint64(30))) * _FIRST
@@ -24,7 +25,7 @@ def mix(x: np.uint64) -> np.uint64:
     return x ^ (x >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def draw(seed: int, round_: int, first: int, second: int = 0) -> np.uint64:
     """A uniform 64-bit word for this place; numbers are taken modulo 2^64."""
     x = mix(np.uint64(seed) + _GOLDEN)
@@ -33,13 +34,13 @@ def draw(seed: int, round_: int, first: int, second: int = 0) -> np.uint64:
     return mix((x ^ np.uint64(second)) + _GOLDEN)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def uniform(word: np.uint64) -> float:
     """A word as a number in (0, 1)."""
     return (np.float64(word >> np.uint64(11)) + 0.5) * 2.0**-53
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def permuted(index: int, size: int, seed: int, round_: int, stream: int) -> np.int64:
     """Where a random permutation of range(size) sends ``index``, without storing it.
 

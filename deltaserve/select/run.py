@@ -59,7 +59,7 @@ class Run:
             self.checkpoint.save(self.session.state, {"place": place, "log": self.log})
 
     def usage_by_shard(self) -> list[Usage]:
-        found = self.session.map(usage, len(self.limits.caps), self.limits.length)
+        found = self.session.map(usage, len(self.limits.caps))
         return [Usage(taken, open_, int(tokens)) for taken, open_, tokens in found]
 
     def usage(self) -> Usage:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from deltaserve.select.compiled import kernel
 from deltaserve.select.graph import AnyShard
 from deltaserve.select.state import (
     CHOSEN,
@@ -23,25 +23,25 @@ from deltaserve.select.state import (
 EVERY = np.empty(0, np.int64)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def inside(status: int) -> bool:
     """Whether a point of this status is in the set."""
     return SELECTED <= status <= INCLUDED
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def worth(utility: float, alpha: float) -> np.int64:
     """A point's own term of the objective, in units of the instance."""
     return np.int64(np.rint(np.float64(utility) * alpha))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def cost(weight: float, beta: float) -> np.int64:
     """An edge's term of the objective, in units of the instance."""
     return np.int64(np.rint(np.float64(weight) * beta))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _refresh(
     start: int,
     indptr: NDArray[np.int64],
@@ -106,7 +106,7 @@ def begin(shard: AnyShard, state: State) -> None:
     np.copyto(state.gain[rows], own, where=undecided)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _usage(
     status: NDArray[np.uint8],
     group: NDArray[np.int32],
@@ -127,30 +127,25 @@ def _usage(
 
 
 def usage(
-    shard: AnyShard, state: State, num_groups: int, length: NDArray[np.int64]
+    shard: AnyShard, state: State, num_groups: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
     """Points taken and undecided in each group, and tokens taken."""
-    rows = slice(shard.start, shard.stop)
-    group = state.instance.group[rows]
-    return _usage(state.status[rows], group, length[rows], num_groups)
+    i, rows = state.instance, slice(shard.start, shard.stop)
+    return _usage(state.status[rows], i.group[rows], i.length[rows], num_groups)
 
 
 @writes("status")
-def retire(
-    shard: AnyShard, state: State, full: NDArray[np.bool_], longest: int, length: NDArray[np.int64]
-) -> None:
+def retire(shard: AnyShard, state: State, full: NDArray[np.bool_], longest: int) -> None:
     """Put out what can no longer be taken: members of full groups, and what is too long."""
-    rows = slice(shard.start, shard.stop)
+    rows, length = slice(shard.start, shard.stop), state.instance.length
     status, group = state.status[rows], state.instance.group[rows]
-    closed = status == UNDECIDED
+    closed = full[group] if len(group) else np.full(len(status), full[0])
     if len(length):
-        closed &= (full[group] if len(group) else full[0]) | (length[rows] > longest)
-    else:
-        closed &= full[group] if len(group) else full[0]
-    status[closed] = OUT
+        closed = closed | (length[rows] > longest)
+    status[closed & (status == UNDECIDED)] = OUT
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _collect(
     start: int,
     indptr: NDArray[np.int64],

@@ -63,15 +63,14 @@ def test_the_cut_is_where_the_sorted_order_exceeds_the_room(
     active = rng.random(n) < 0.8
     empty = np.empty(0, int)
     graph = Graph.from_edges(n, empty, empty, np.empty(0), shards=min(n, shards))
-    budget = Budget(groups=groups, counts=dict.fromkeys(range(len(labels)), 1))
+    counts = dict.fromkeys(range(len(labels)), 1)
+    budget = Budget(groups=groups, counts=counts, tokens=10 * n, lengths=length)
     problem = Problem(graph, np.ones(n, np.float32), budget)
     room = rng.integers(0, 3 * n // len(labels) + 2, len(labels))
     with Local().open(graph, problem.instance, None) as session:
         session.write("gain", slice(None), values)
         session.write("status", np.flatnonzero(~active), OUT)
-        cut = first_beyond(
-            session, "gain", room, status=UNDECIDED, length=length if weighed else None
-        )
+        cut = first_beyond(session, "gain", room, status=UNDECIDED, weighed=weighed)
         for g in range(len(labels)):
             members = np.flatnonzero((groups == g) & active)
             order = members[np.lexsort((members, -values[members].astype(object)))]

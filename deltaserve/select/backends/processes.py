@@ -34,12 +34,15 @@ from deltaserve.select.state import State
 # Deaths without a finished step in between, after which the cause is not chance.
 MAX_DEATHS = 5
 SHARED_MEMORY = Path("/dev/shm")
-ARRAYS = ("utility", "divisor", "group")
+# State (19), utility, lengths and groups.
+BYTES_PER_POINT = 35
+ARRAYS = ("utility", "length", "group")
 
 
 @dataclass(frozen=True)
 class Processes(Backend):
-    """workers: processes. Without a scratch directory the files lie in shared memory."""
+    """workers: processes. Without a scratch directory the files lie in shared memory, or in the
+    system's temporary directory when that has no room."""
 
     workers: int = 2
 
@@ -97,8 +100,7 @@ class ProcessSession(Session):
         self, graph: Graph, instance: Instance, scratch: Path | None, workers: int
     ) -> None:
         super().__init__(graph)
-        shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-        self._directory = make_scratch(scratch or shared)
+        self._directory = make_scratch(scratch or shared_directory(graph))
         self._workers: list[Worker] = []
         try:
             self.state = State.create(instance, self._directory)
@@ -168,6 +170,16 @@ class ProcessSession(Session):
         for worker in self._workers:
             worker.stop()
         shutil.rmtree(self._directory)
+
+
+def shared_directory(graph: Graph) -> Path:
+    """Shared memory if it has room for the state, and for the graph if that is in memory."""
+    needed = graph.num_points * BYTES_PER_POINT
+    if graph.path is None:
+        needed += sum(a.nbytes for s in graph.shards for a in (s.indptr, s.indices, s.weights))
+    if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > needed:
+        return SHARED_MEMORY
+    return Path(tempfile.gettempdir())
 
 
 def save_instance(instance: Instance, directory: Path) -> None:

@@ -19,9 +19,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from deltaserve.select.compiled import kernel
 from deltaserve.select.graph import AnyShard
 from deltaserve.select.kth import LOWEST, kth_largest
 from deltaserve.select.options import Bounding
@@ -33,7 +33,7 @@ from deltaserve.select.steps import cost, inside, worth
 HIGHEST = np.iinfo(np.int64).max
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sampled_cost(
     keys: NDArray[np.float64],
     costs: NDArray[np.int64],
@@ -69,7 +69,7 @@ def _sampled_cost(
     return total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _bounds(
     start: int,
     indptr: NDArray[np.int64],

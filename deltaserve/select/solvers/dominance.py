@@ -20,9 +20,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from deltaserve.select.compiled import kernel
 from deltaserve.select.graph import AnyShard
 from deltaserve.select.kth import LOWEST, Cut, first_beyond
 from deltaserve.select.run import Run, Usage
@@ -30,7 +30,7 @@ from deltaserve.select.state import FRESH, UNDECIDED, State, writes
 from deltaserve.select.steps import EVERY, begin, refresh, retire
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _dominate(
     start: int,
     indptr: NDArray[np.int64],
@@ -91,7 +91,7 @@ def dominance(run: Run) -> None:
             run.note("sweep", selected=taken, reach=_in_units(run, cut))
             run.save(stage="dominance")
         used = run.usage()
-        session.map(retire, used.taken >= run.limits.caps, run.tokens_left(used), run.limits.length)
+        session.map(retire, used.taken >= run.limits.caps, run.tokens_left(used))
 
 
 def _level(run: Run, used: Usage) -> Cut:
@@ -116,13 +116,13 @@ def _reach(run: Run, used: Usage, times: int) -> Cut:
     if len(room) > 1 and room.sum() > left:
         cut = cut.later(_reach_in_all(run, left))
     if len(limits.length):
-        cut = cut.later(_reach_in_all(run, times * run.tokens_left(used), limits.length))
+        cut = cut.later(_reach_in_all(run, times * run.tokens_left(used), weighed=True))
     return cut
 
 
-def _reach_in_all(run: Run, left: int, length: NDArray[np.int64] | None = None) -> Cut:
+def _reach_in_all(run: Run, left: int, weighed: bool = False) -> Cut:
     room = np.array([left], np.int64)
-    return first_beyond(run.session, "gain", room, status=UNDECIDED, grouped=False, length=length)
+    return first_beyond(run.session, "gain", room, status=UNDECIDED, grouped=False, weighed=weighed)
 
 
 def _in_units(run: Run, cut: Cut) -> float | None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from deltaserve.select.compiled import kernel
 from deltaserve.select.steps import cost
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sift(keys: NDArray[np.int64], ids: NDArray[np.int64], size: int, at: int) -> None:
     key, v = keys[at], ids[at]
     while True:
@@ -34,7 +34,7 @@ def _sift(keys: NDArray[np.int64], ids: NDArray[np.int64], size: int, at: int) -
     keys[at], ids[at] = key, v
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def heap_greedy(
     indptr: NDArray[np.int64],
     indices: NDArray[Any],

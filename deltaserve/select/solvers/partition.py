@@ -16,10 +16,10 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from deltaserve.errors import SelectionError
+from deltaserve.select.compiled import kernel
 from deltaserve.select.graph import AnyShard
 from deltaserve.select.options import Partition
 from deltaserve.select.random import permuted
@@ -33,7 +33,7 @@ NO_LENGTHS = np.empty(0, np.int64)
 POOR_PARTITIONS = 8
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _deal(
     start: int,
     status: NDArray[np.uint8],
@@ -75,7 +75,7 @@ def deal(
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _rows_of(
     start: int,
     indptr: NDArray[np.int64],
@@ -155,7 +155,7 @@ def subsample(
     _subsample(state.status[rows], group, rank, sizes, keep, seed, round_)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _subsample(
     status: NDArray[np.uint8],
     group: NDArray[np.int32],
