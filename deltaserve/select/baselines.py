@@ -6,10 +6,10 @@ n samples, k of them chosen.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
 from deltaserve.select.budgets import Limits
+from deltaserve.select.compiled import kernel
 from deltaserve.select.solve import Problem, objective, solve
 
 DECILES = 10
@@ -61,7 +61,7 @@ def take(order: np.ndarray, limits: Limits, chosen: np.ndarray | None = None) ->
     )
 
 
-@numba.njit(cache=True)
+@kernel
 def _take(
     order: np.ndarray,
     free: np.ndarray,

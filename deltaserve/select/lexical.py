@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import numba
 import numpy as np
 
+from deltaserve.select.compiled import kernel
 from deltaserve.select.duplicates import BLOCK, plain_words
 from deltaserve.select.embed import new_matrix
 from deltaserve.select.minhash import FNV_OFFSET, FNV_PRIME, SPACE
@@ -44,7 +44,7 @@ def embed_words(
     return found
 
 
-@numba.njit(cache=True)
+@kernel
 def _hashed(joined: np.ndarray, ends: np.ndarray, dims: int) -> np.ndarray:
     found = np.zeros((len(ends), dims), dtype=np.float32)
     start = 0
@@ -63,7 +63,7 @@ def _hashed(joined: np.ndarray, ends: np.ndarray, dims: int) -> np.ndarray:
     return found
 
 
-@numba.njit(cache=True)
+@kernel
 def _count(row: np.ndarray, value: np.uint64) -> None:
     """The lowest bit is the sign, the others the dimension."""
     sign = np.float32(1) if value & np.uint64(1) else np.float32(-1)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 
+from deltaserve.select.compiled import kernel
 from deltaserve.select.random import mix
 
 FNV_OFFSET = np.uint64(0xCBF29CE484222325)
@@ -36,7 +36,7 @@ def band_hashes(band: np.ndarray) -> np.ndarray:
     return _band_hashes(np.ascontiguousarray(band))
 
 
-@numba.njit(cache=True)
+@kernel
 def stand_ins(
     order: np.ndarray, starts: np.ndarray, tails: np.ndarray, stands_for: np.ndarray
 ) -> np.ndarray:
@@ -53,7 +53,7 @@ def stand_ins(
     return kept
 
 
-@numba.njit(cache=True)
+@kernel
 def _signatures(
     joined: np.ndarray, ends: np.ndarray, words: int, factors: np.ndarray, shifts: np.ndarray
 ) -> np.ndarray:
@@ -78,7 +78,7 @@ def _signatures(
     return found
 
 
-@numba.njit(cache=True)
+@kernel
 def _sequence(recent: np.ndarray, seen: int, length: int) -> np.uint64:
     """The hash of the last ``length`` words, in their order."""
     value = np.uint64(length)
@@ -87,7 +87,7 @@ def _sequence(recent: np.ndarray, seen: int, length: int) -> np.uint64:
     return value
 
 
-@numba.njit(cache=True)
+@kernel
 def _lower(row: np.ndarray, value: np.uint64, factors: np.ndarray, shifts: np.ndarray) -> None:
     for j in range(len(factors)):
         hashed = np.uint32((factors[j] * value + shifts[j]) >> np.uint64(32))
@@ -95,7 +95,7 @@ def _lower(row: np.ndarray, value: np.uint64, factors: np.ndarray, shifts: np.nd
             row[j] = hashed
 
 
-@numba.njit(cache=True)
+@kernel
 def _band_hashes(band: np.ndarray) -> np.ndarray:
     hashed = np.empty(band.shape[0], dtype=np.uint64)
     for row in range(band.shape[0]):
