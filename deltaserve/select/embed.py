@@ -14,7 +14,7 @@ import torch
 from deltaserve.errors import SelectionError
 from deltaserve.select.extras import load_extra
 from deltaserve.select.pool import Pool, Progress, no_progress
-from deltaserve.select.tokens import Batch, ModelOptions, batches, load_model
+from deltaserve.select.tokens import Batch, ModelOptions, batches, fitted, load_model
 
 Pooling = Literal["mean", "weighted"]
 READ = 8192
@@ -92,7 +92,7 @@ def embed_samples(
 ) -> np.ndarray:
     """As `embed_pool`, of ``count`` samples and a model in memory."""
     found, done = None, 0
-    for batch in batches(samples, tokenizer, options):
+    for batch in batches(samples, tokenizer, fitted(options, model, tokenizer)):
         hidden_BTD = model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT().long())[0]
         pooled_BD = pool_hidden(hidden_BTD, batch, pooling).cpu().numpy()
         if found is None:

@@ -137,7 +137,8 @@ def write_samples(sources: Sequence[Source], chosen: np.ndarray, folder: Path) -
 
 def _open(pool: Any) -> list[Source]:
     if not isinstance(pool, (str, Path)):
-        if hasattr(pool, "select_columns") and hasattr(pool, "column_names"):
+        # By its name: importing datasets to ask would make everybody install it.
+        if type(pool).__module__.startswith("datasets.") and type(pool).__name__ == "Dataset":
             return [Dataset(pool, "dataset")]
         raise SelectionError(
             f"a pool is a path, several paths or a datasets.Dataset, not a {type(pool).__name__}"

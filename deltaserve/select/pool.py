@@ -140,11 +140,16 @@ class Pool:
     def rows(self, ids: Sequence[str]) -> np.ndarray:
         """The rows of ``ids``. Raises SelectionError naming one that the pool lacks."""
         wanted = set(ids)
-        found = {name: row for row, name in enumerate(self.ids()) if name in wanted}
+        names = (name for block in self._id_blocks() for name in block)
+        found = {name: row for row, name in enumerate(names) if name in wanted}
         for name in ids:
             if name not in found:
                 raise SelectionError(f"the pool has no sample with the id {name!r}")
         return np.array([found[name] for name in ids], dtype=np.int64)
+
+    def _id_blocks(self) -> Iterator[list[str]]:
+        for start in range(0, len(self), ID_BLOCK):
+            yield self.ids(np.arange(start, min(start + ID_BLOCK, len(self))))
 
     def where(self, row: int) -> str:
         """File and line of a row; reads the pool up to it."""
@@ -165,7 +170,8 @@ class Pool:
 
     def _digest(self) -> str:
         hashed = hashlib.sha256(self.contents.tobytes())
-        hashed.update("\n".join(self.ids()).encode("utf-8", "surrogatepass"))
+        for block in self._id_blocks():
+            hashed.update(("\n".join(block) + "\n").encode("utf-8", "surrogatepass"))
         for groups in (self.labels, self.sources if self.columns.source else None):
             if groups is not None:
                 hashed.update(groups.codes.tobytes() + "\n".join(groups.names).encode())

@@ -9,7 +9,7 @@ import itertools
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,12 +86,19 @@ def load_model(options: ModelOptions, *, head: bool) -> tuple[Any, Any]:
         raise SelectionError(f"device {options.device!r} cannot be used: {cause}") from None
 
 
+def fitted(options: ModelOptions, model: Any, tokenizer: Any) -> ModelOptions:
+    """Samples no longer than the model reads."""
+    config = model.config.get_text_config()
+    limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    lengths = [limit for limit in limits if limit is not None and limit > 1]
+    return replace(options, max_length=min(options.max_length, *lengths))
+
+
 def batches(samples: Iterable[Sample], tokenizer: Any, options: ModelOptions) -> Iterator[Batch]:
     """Every sample in some batch; a window's samples are sorted by length first."""
     numbered = enumerate(samples)
-    limit = min(options.max_length, getattr(tokenizer, "model_max_length", options.max_length))
     while window := list(itertools.islice(numbered, WINDOW)):
-        tokens = [tokenise(row, sample, tokenizer, limit) for row, sample in window]
+        tokens = [tokenise(row, sample, tokenizer, options.max_length) for row, sample in window]
         tokens.sort(key=lambda t: len(t.ids))
         start = 0
         for stop in range(1, len(tokens) + 1):

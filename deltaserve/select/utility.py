@@ -5,7 +5,7 @@ All are float64 [n], higher is worth more. N answer tokens, V vocabulary, B sequ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from deltaserve.errors import SelectionError
 from deltaserve.select.pool import Pool, Progress, Sample, no_progress
 from deltaserve.select.scale import Transform
-from deltaserve.select.tokens import Batch, ModelOptions, batches, load_model
+from deltaserve.select.tokens import Batch, ModelOptions, batches, fitted, load_model
 
 SCORES = ("loss", "margin", "entropy", "least_confidence", "gradnorm")
 # Logits of one batch, in numbers: half a gigabyte in float32.
@@ -64,10 +65,11 @@ def score_samples(
 ) -> dict[str, np.ndarray]:
     """As `score_pool`, with a model in memory."""
     limit = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
+    options = fitted(options, model, tokenizer)
     options = replace(options, batch_tokens=min(options.batch_tokens, limit))
     found = {name: np.zeros(count) for name in SCORES}
     done = 0
-    for batch in batches(samples, tokenizer, options):
+    for batch in batches(_templated(samples, tokenizer, options), tokenizer, options):
         logits_BTV = model(
             input_ids=batch.ids_BT, attention_mask=batch.mask_BT().long(), use_cache=False
         ).logits
@@ -78,6 +80,19 @@ def score_samples(
         done += len(batch.rows)
         progress(f"scoring {options.model}", done, count)
     return found
+
+
+def _templated(
+    samples: Iterable[Sample], tokenizer: Any, options: ModelOptions
+) -> Iterator[Sample]:
+    """The samples; raises SelectionError for messages that the model cannot be asked."""
+    for sample in samples:
+        if sample.messages is not None and not getattr(tokenizer, "chat_template", None):
+            raise SelectionError(
+                f"the pool holds messages, but {options.model} has no chat template: give text, "
+                "or a model with one"
+            )
+        yield sample
 
 
 def answer_mask(batch: Batch) -> torch.Tensor:

@@ -117,6 +117,13 @@ def test_long_samples_are_cut(tmp_path, pool):
     np.testing.assert_allclose(cut, embed_pool(short, ModelOptions(path)), atol=1e-5)
 
 
+def test_samples_are_cut_to_what_the_model_reads(tmp_path):
+    long = Pool(write_lines(tmp_path / "long.jsonl", [{"text": "red " * 200}]))
+    cut = Pool(write_lines(tmp_path / "cut.jsonl", [{"text": "red " * 64}]))
+    options = ModelOptions(str(make_encoder(tmp_path / "model")))
+    np.testing.assert_allclose(embed_pool(long, options), embed_pool(cut, options), atol=1e-5)
+
+
 def test_a_model_that_is_none_is_refused(tmp_path, pool):
     with pytest.raises(SelectionError, match="cannot be loaded"):
         embed_pool(pool, ModelOptions(str(tmp_path)))

@@ -223,6 +223,8 @@ def test_a_dataset_of_several_splits_asks_for_one(tmp_path):
     with pytest.raises(SelectionError, match=r"several splits; name one of .*test, .*train"):
         Pool(tmp_path / "d")
     assert len(Pool(tmp_path / "d" / "train")) == 12
+    with pytest.raises(SelectionError, match="not a DatasetDict"):
+        Pool(datasets.DatasetDict(train=split))
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path):

@@ -87,6 +87,14 @@ def test_a_sample_with_nothing_to_predict_scores_zero(tmp_path, models):
             assert (values == 0).all()
 
 
+def test_messages_need_a_chat_template(tmp_path, pools):
+    path = make_causal(tmp_path / "model")
+    word_tokenizer(chat=False).save_pretrained(path)
+    (path / "chat_template.jinja").unlink()
+    with pytest.raises(SelectionError, match="has no chat template: give text"):
+        score_pool(pools["messages"], ModelOptions(str(path)))
+
+
 def test_a_question_without_answer_is_scored_whole():
     only = Sample("red fox", ({"role": "user", "content": "red fox"},))
     tokens = tokenise(0, only, word_tokenizer(), 50)
