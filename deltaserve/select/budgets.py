@@ -62,9 +62,7 @@ def make_limits(budget: Budget, num_points: int, chosen: NDArray[np.bool_] | Non
     if k is None:
         if budget.counts is None and budget.tokens is None:
             raise SelectionError("the budget is empty: give k, counts of groups, or tokens")
-        k = min(int(caps.sum()), available) if budget.counts is not None else available
-        if budget.counts is not None and budget.tokens is None:
-            k = int(caps.sum())
+        k = available if budget.counts is None else int(caps.sum())
     if k < 1:
         raise SelectionError(f"k is {k}, but must be at least 1")
     if k > available and budget.tokens is None:
@@ -72,7 +70,7 @@ def make_limits(budget: Budget, num_points: int, chosen: NDArray[np.bool_] | Non
             f"k is {k}, but the pool has only {available} points"
             + (" that are not chosen yet" if available < num_points else "")
         )
-    if len(names):
+    if len(names) and budget.tokens is None:
         _check_groups(k, group, caps, names, free)
     if budget.tokens is not None and not np.any(length[free] <= budget.tokens):
         raise SelectionError(

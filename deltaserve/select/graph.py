@@ -163,7 +163,8 @@ class Graph:
         directory = Path(path)
         try:
             manifest = json.loads((directory / MANIFEST).read_text())
-            bounds, found = manifest["shards"], manifest["format"]
+            bounds = [(int(start), int(stop)) for start, stop in manifest["shards"]]
+            found = manifest["format"]
         except (OSError, ValueError, KeyError, TypeError):
             raise SelectionError(
                 f"{directory} holds no graph: {MANIFEST} is missing or damaged"

@@ -46,6 +46,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         size = self.graph.num_points
+        object.__setattr__(self, "utility", np.asarray(self.utility, np.float32))
         if self.utility.shape != (size,):
             raise SelectionError(
                 f"{self.utility.size} utilities for {size} points of the graph: give one each"
@@ -89,7 +90,7 @@ class Problem:
         )
         scale = math.ldexp(1.0, min(BITS - math.frexp(top)[1], 900)) if top > 0 else 1.0
         return Instance(
-            utility=np.asarray(self.utility, np.float32),
+            utility=self.utility,
             alpha=self.alpha * scale,
             beta=self.beta * scale,
             scale=scale,

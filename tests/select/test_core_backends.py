@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from deltaserve.bench.select_instances import random_problem
 from deltaserve.errors import SelectionError
 from deltaserve.select.backends import processes
 from deltaserve.select.backends.base import Backend
-from deltaserve.select.backends.local import Local
+from deltaserve.select.backends.local import Local, LocalSession
 from deltaserve.select.backends.processes import Processes
 from deltaserve.select.backends.rayactors import RayActors, RaySession
 from deltaserve.select.budgets import Budget
@@ -23,6 +23,7 @@ from deltaserve.select.graph import Graph
 from deltaserve.select.options import Bounding, Partition
 from deltaserve.select.problem import Problem, Selection
 from deltaserve.select.solve import solve
+from deltaserve.select.state import written_by
 from deltaserve.select.steps import usage
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -102,6 +103,41 @@ def test_a_scratch_directory_holds_the_state_and_is_left_empty(
         found = solve(problem, backend=Local(2), scratch=tmp_path / "scratch", **options)
         assert same(found, expected[name])
     assert not list((tmp_path / "scratch").iterdir())
+
+
+class Repeating(LocalSession):
+    """Each step is interrupted on each shard, with some of its writes done, and repeated."""
+
+    rng = np.random.default_rng(0)
+
+    def map(self, step: Callable[..., Any], *arguments: Any) -> list[Any]:
+        results = []
+        for shard in self.graph.shards:
+            rows, arrays = slice(shard.start, shard.stop), self.state.arrays
+            before = {name: array.copy() for name, array in arrays.items()}
+            first = step(shard, self.state, *arguments)
+            whole = {name: array.copy() for name, array in arrays.items()}
+            for name, array in arrays.items():
+                changed = np.flatnonzero(array != before[name])
+                assert not len(changed) or name in written_by(step)
+                assert np.all((changed >= rows.start) & (changed < rows.stop))
+                undone = changed[self.rng.random(len(changed)) < 0.5]
+                array[undone] = before[name][undone]
+            results.append(step(shard, self.state, *arguments))
+            assert repr(results[-1]) == repr(first)
+            assert all(np.array_equal(array, whole[name]) for name, array in arrays.items())
+        return results
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_step_that_is_interrupted_and_repeated_changes_only_what_it_says(
+    name: str, expected: dict[str, Selection]
+) -> None:
+    class Repeat(Backend):
+        def open(self, *arguments: Any) -> Any:
+            return Repeating(*arguments, workers=1)
+
+    assert same(solve(make_problem(), backend=Repeat(), **RUNS[name]), expected[name])
 
 
 def test_processes_find_the_same_and_survive_the_death_of_workers(

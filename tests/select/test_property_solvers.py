@@ -21,6 +21,7 @@ from deltaserve.bench.select_instances import (
 )
 from deltaserve.select.backends.local import Local
 from deltaserve.select.budgets import Budget
+from deltaserve.select.graph import Graph
 from deltaserve.select.options import Bounding, Partition
 from deltaserve.select.problem import Problem
 from deltaserve.select.solve import objective, solve
@@ -173,6 +174,17 @@ def test_one_partition_is_centralised_greedy() -> None:
                 problem, solver="partition", bounding=None, partition=Partition(1, rounds)
             )
             assert set(found.ids.tolist()) == set(expected.ids.tolist())
+
+
+def test_solvers_take_what_bounding_leaves_when_that_is_the_budget() -> None:
+    empty = np.empty(0, int)
+    graph = Graph.from_edges(50, empty, empty, np.empty(0), shards=3)
+    utility = np.random.default_rng(0).permutation(50).astype(np.float32)
+    for solver in ("dominance", "greedy", "partition"):
+        found = solve(Problem(graph, utility, Budget(7)), solver=solver)  # type: ignore[arg-type]
+        assert found.ids.tolist() == np.argsort(-utility)[:7].tolist()
+        assert found.bounded is not None
+        assert found.bounded["excluded"] == 43
 
 
 def test_selecting_more_continues_what_was_selected() -> None:

@@ -40,7 +40,11 @@ class LocalSession(Session):
     ) -> None:
         super().__init__(graph)
         self._directory = make_scratch(scratch) if scratch else None
-        self.state = State.create(instance, self._directory)
+        try:
+            self.state = State.create(instance, self._directory)
+        except SelectionError:
+            self._remove()
+            raise
         self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
         self._each = self._pool.map if self._pool else map
 
@@ -69,6 +73,9 @@ class LocalSession(Session):
     def close(self) -> None:
         if self._pool:
             self._pool.shutdown()
+        self._remove()
+
+    def _remove(self) -> None:
         if self._directory:
             shutil.rmtree(self._directory)
 

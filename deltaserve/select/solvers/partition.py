@@ -139,25 +139,10 @@ def left_out(
     return np.delete(ids, taken)
 
 
-@writes("status")
-def subsample(
-    shard: AnyShard,
-    state: State,
-    ranks: dict[int, NDArray[np.int64]],
-    sizes: NDArray[np.int64],
-    keep: NDArray[np.int64],
-    seed: int,
-    round_: int,
-) -> None:
-    """Keep ``keep`` random undecided points of each group; the rest fall out."""
-    rows = slice(shard.start, shard.stop)
-    group, rank = state.instance.group[rows], ranks[shard.start].copy()
-    _subsample(state.status[rows], group, rank, sizes, keep, seed, round_)
-
-
 @kernel
-def _subsample(
+def _pick(
     status: NDArray[np.uint8],
+    part: NDArray[np.uint16],
     group: NDArray[np.int32],
     rank: NDArray[np.int64],
     sizes: NDArray[np.int64],
@@ -166,17 +151,36 @@ def _subsample(
     round_: int,
 ) -> None:
     for i in range(len(status)):
+        part[i] = NO_PART
         if status[i] == UNDECIDED:
             g = group[i] if len(group) else 0
-            if permuted(rank[g], sizes[g], seed, round_, g) >= keep[g]:
-                status[i] = OUT
+            if permuted(rank[g], sizes[g], seed, round_, g) < keep[g]:
+                part[i] = 0
             rank[g] += 1
+
+
+@writes("part")
+def pick(
+    shard: AnyShard,
+    state: State,
+    ranks: dict[int, NDArray[np.int64]],
+    sizes: NDArray[np.int64],
+    keep: NDArray[np.int64],
+    seed: int,
+    round_: int,
+) -> None:
+    """Put ``keep`` random undecided points of each group into part 0, the rest into none."""
+    rows = slice(shard.start, shard.stop)
+    group, rank = state.instance.group[rows], ranks[shard.start].copy()
+    _pick(state.status[rows], state.part[rows], group, rank, sizes, keep, seed, round_)
 
 
 @writes("status")
 def accept(shard: AnyShard, state: State) -> None:
-    status = state.status[shard.start : shard.stop]
-    status[status == UNDECIDED] = SELECTED
+    """Select the undecided points of part 0; the others fall out."""
+    rows = slice(shard.start, shard.stop)
+    status, undecided = state.status[rows], state.status[rows] == UNDECIDED
+    status[undecided] = np.where(state.part[rows][undecided] == 0, SELECTED, OUT)
 
 
 def keep_in_round(size: int, k: int, gamma: float, rounds: int, number: int) -> int:
@@ -200,11 +204,13 @@ def partition(run: Run, options: Partition, first: NDArray[np.uint16] | None = N
     sizes = np.array(run.place["sizes"], np.int64)
     if options.partitions >= POOR_PARTITIONS and 2 * need.sum() >= sizes.sum():
         run.note("advice", text="partitions lose much at half the pool: try the solver dominance")
-    cap = math.ceil(int(sizes.sum()) / options.partitions)
+    cap = max(1, math.ceil(int(sizes.sum()) / options.partitions))
     session.map(refresh, EVERY)
     for number in range(run.place["round"] + 1, options.rounds + 1):
         entering = run.usage().open
-        parts = math.ceil(int(entering.sum()) / cap) if options.adaptive else options.partitions
+        parts = max(1, math.ceil(int(entering.sum()) / cap))
+        if not options.adaptive:
+            parts = options.partitions
         keep = np.array(
             [
                 keep_in_round(int(n), int(k), options.gamma, options.rounds, number)
@@ -220,8 +226,10 @@ def partition(run: Run, options: Partition, first: NDArray[np.uint16] | None = N
             session.write("status", ids, OUT)
         run.note("round", partitions=parts, kept=int(run.usage().open.sum()), most_points=cap)
         run.save(stage="partition", round=number, sizes=sizes.tolist())
-    session.map(subsample, _ranks(run), run.usage().open, need, run.seed, 2 * options.rounds + 1)
     session.map(begin)
+    # Rounds of draws: even ones deal, the odd one after the last picks.
+    last = 2 * options.rounds + 1
+    session.map(pick, _ranks(run), run.usage().open, need, run.seed, last)
     session.map(accept)
     run.save(stage="solved")
 
