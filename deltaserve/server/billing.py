@@ -31,7 +31,7 @@ class Used:
 
 
 class Bill:
-    """Of one generation of a tenant. ``pay`` or ``drop`` ends it; further calls do nothing."""
+    """Of one generation of a tenant. ``pay``, ``drop`` or ``void`` ends it, once."""
 
     def __init__(self, usage: UsageLog, ticket: Ticket, record: UsageRecord) -> None:
         """``record``: what is known before the end."""
@@ -49,6 +49,11 @@ class Bill:
         """The answer ended early: nobody waits for the record, which is written all the same."""
         if self._open:
             self._close(outcome, used)
+
+    def void(self) -> None:
+        """The engine did not take the request: it has used nothing, and leaves no record."""
+        self._open = False
+        self._ticket.settle(0)
 
     def _close(self, outcome: Outcome, used: Used) -> Future[None]:
         self._open = False

@@ -98,7 +98,8 @@ class Generation:
                 self._client.submit(choice.request)
                 self._open.add(choice.request.request_id)
         except BaseException:
-            self._failed = True
+            if self._bill is not None:
+                self._bill.void()
             self.abort()
             raise
 
@@ -119,8 +120,10 @@ class Generation:
         """End what is unfinished and free its memory. May be called again."""
         while self._open:
             self._client.abort(self._open.pop())
-        if self._bill is not None:
-            self._bill.drop("error" if self._failed else "cancelled", self._used())
+        if self._bill is not None and self._failed:
+            self._bill.drop("error", Used(0, 0, 0))  # nobody pays for what went wrong here
+        elif self._bill is not None:
+            self._bill.drop("cancelled", self._used())
 
     def usage(self) -> dict[str, Any]:
         used = self._used()

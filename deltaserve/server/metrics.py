@@ -7,7 +7,7 @@ series of their own, the rest share one.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -58,7 +58,8 @@ class Capped:
 class Metrics:
     """What is counted while requests pass; the rest is read from the engine when asked for."""
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(self, client: EngineClient, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
         self._registry = CollectorRegistry()
         self._model = Capped()
         self._tenant = Capped()
@@ -117,7 +118,7 @@ class Metrics:
 
     def watch(self, model: str, prompt_tokens: int) -> Watch:
         """Follow one sequence from now on."""
-        return Watch(self, self._model(model), prompt_tokens, time.monotonic())
+        return Watch(self, self._model(model), prompt_tokens, self.clock())
 
     def refuse(self, error: Exception, tenant: str | None) -> None:
         """Count a request that was refused, if that was for want of room or by a limit."""
@@ -145,7 +146,7 @@ class Watch:
     tokens: int = 0
 
     def see(self, event: TokenEvent) -> None:
-        now = time.monotonic()
+        now = self.metrics.clock()
         labels = (self.model, ENGINE)
         if event.token_ids:
             if self.first is None:

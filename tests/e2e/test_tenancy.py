@@ -293,15 +293,24 @@ def test_kill_9_loses_no_answered_request_and_forgets_no_delta(serving, answers)
     assert sums[0]["requests"] >= len(answered)
 
 
-def test_a_delta_that_is_gone_does_not_keep_the_others_from_being_served(serving, answers):
-    serving.admin("POST", "/v1/deltas", json={"name": "acme/third", "path": "three"})
+def test_deltas_that_are_gone_or_changed_are_not_served_and_the_others_are(serving, answers):
+    deltas = serving.files / "deltas"
+    shutil.copytree(deltas / "three", deltas / "changed")
+    for name, path in (("acme/third", "three"), ("acme/fourth", "changed")):
+        serving.admin("POST", "/v1/deltas", json={"name": name, "path": path})
     serving.process.terminate()
     assert serving.process.wait(30) == 0
-    (serving.files / "deltas/three").rename(serving.files / "deltas/moved")
+    (deltas / "three").rename(deltas / "moved")
+    shutil.rmtree(deltas / "changed")
+    shutil.copytree(deltas / "two", deltas / "changed")
     serving.start()
     assert serving.answer(ACME, "acme/chat") == answers["one"]
-    shown = serving.admin("GET", "/v1/deltas/acme/third")
-    assert (shown["state"], shown["versions"][0]["state"]) == ("not served", "failed")
+    for name, reason in (("acme/third", "not a directory"), ("acme/fourth", "was published")):
+        shown = serving.admin("GET", f"/v1/deltas/{name}")
+        assert (shown["state"], shown["versions"][0]["state"]) == ("not served", "failed")
+        assert reason in shown["versions"][0]["error"]
+        with pytest.raises(openai.NotFoundError):
+            serving.answer(ACME, name)
     mended = serving.admin("POST", "/v1/deltas", json={"name": "acme/third", "path": "moved"})
     assert (mended["version"], mended["state"]) == (1, "ready")
 

@@ -59,9 +59,9 @@ def test_the_names_are_vllms(metrics):
     assert {f"vllm:{name}" for name in VLLM} <= families(metrics.text().decode())
 
 
-def test_a_sequence_is_timed_from_its_beginning_to_its_end(metrics, monkeypatch):
+def test_a_sequence_is_timed_from_its_beginning_to_its_end(engine):
     clock = iter([10.0, 10.2, 10.25, 10.35])
-    monkeypatch.setattr("deltaserve.server.metrics.time.monotonic", lambda: next(clock))
+    metrics = Metrics(engine, lambda: next(clock))
     watch = metrics.watch("chatty", prompt_tokens=7)
     timing = RequestTiming(queued=0.05, load=0.01, prefill=0.1, decode=0.15)
     for event in (

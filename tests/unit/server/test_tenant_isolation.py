@@ -328,7 +328,15 @@ def test_what_the_engine_failed_at_is_recorded_as_such(house, stream):
 
     house.engine.script = fail
     house.complete(ACME, prompt=[5, 6], stream=stream)
-    assert house.eventually(1) == [("acme", "base", "error", 2, 0, 1)]
+    assert house.eventually(1) == [("acme", "base", "error", 0, 0, 0)]
+
+
+def test_what_the_engine_does_not_take_is_not_recorded(house):
+    house.engine.dead = True
+    assert house.complete(ACME, n=2).status_code == 503
+    house.engine.dead = False
+    house.complete(GLOBEX)
+    assert [record[0] for record in house.eventually(1)] == ["globex"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
