@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -19,19 +18,19 @@ from deltaserve.server.routes_chat import chat_router
 from deltaserve.server.routes_completions import completions_router
 from deltaserve.server.routes_health import health_router
 from deltaserve.server.routes_models import models_router
-from deltaserve.server.tokenizers import ModelTokenizer
+from deltaserve.server.tokenizers import Tokenizers
 
 
 def create_app(
     client: EngineClient,
-    tokenizers: Mapping[str, ModelTokenizer],
+    tokenizers: Tokenizers,
     config: ServerConfig,
     drain: Drain | None = None,
 ) -> FastAPI:
     """The endpoint. The caller starts and closes the engine.
 
     Args:
-        tokenizers: one for each of ``client.models()``.
+        tokenizers: of the same models; others follow when they are asked for.
         drain: for who wants to end it without cutting answers off.
     """
     drain = drain or Drain()

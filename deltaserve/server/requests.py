@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,12 +14,14 @@ from deltaserve import __version__
 from deltaserve.engine.client import EngineClient
 from deltaserve.engine.grammar import check_grammar
 from deltaserve.engine.types import EngineRequest, ModelInfo, SamplingParams
-from deltaserve.errors import RequestError, UnknownModelError
+from deltaserve.errors import CheckpointError, RequestError, UnknownModelError
 from deltaserve.server.errors import ApiError
 from deltaserve.server.generate import Generation
 from deltaserve.server.protocol import CompletionRequest, GenerationRequest, RequestT, parse
 from deltaserve.server.sse import ClientGoneError
-from deltaserve.server.tokenizers import ModelTokenizer
+from deltaserve.server.tokenizers import ModelTokenizer, Tokenizers
+
+logger = logging.getLogger("deltaserve.server")
 
 MAX_BODY_BYTES = 8 * 2**20
 MAX_CHOICES = 2048
@@ -44,36 +47,69 @@ class ServedModel:
 
 
 class Service:
-    """What the routes share: the engine and the models that it serves."""
+    """What the routes share: the engine, and the models that it serves now."""
 
-    def __init__(self, client: EngineClient, tokenizers: Mapping[str, ModelTokenizer]) -> None:
+    def __init__(self, client: EngineClient, tokenizers: Tokenizers) -> None:
         self.client = client
-        self.models = {
-            info.name: ServedModel(info, tokenizers[info.name], client.max_model_len)
-            for info in client.models()
-        }
+        self._tokenizers = tokenizers
 
-    def model(self, name: str) -> ServedModel:
+    def models(self, request: Request) -> dict[str, ModelInfo]:
+        """What the caller may name, whether it is loaded or not."""
+        return {info.name: info for info in self.client.models() if info.state != "draining"}
+
+    def info(self, request: Request, name: str) -> ModelInfo:
         """Raises UnknownModelError."""
-        if name in self.models:
-            return self.models[name]
-        some = ", ".join(list(self.models)[:MODELS_IN_MESSAGE])
-        more = len(self.models) - MODELS_IN_MESSAGE
+        models = self.models(request)
+        if name in models:
+            return models[name]
+        some = ", ".join(list(models)[:MODELS_IN_MESSAGE])
+        more = len(models) - MODELS_IN_MESSAGE
         raise UnknownModelError(
             f"The model {name[:128]!r} does not exist. GET /v1/models lists those that do: {some}"
             + (f" and {more} more." if more > 0 else "."),
             param="model",
         )
 
+    async def model(self, request: Request, name: str) -> ServedModel:
+        """The present version, with its own tokenizer.
+
+        Raises:
+            UnknownModelError: there is none.
+            ApiError: it cannot be served (HTTP 503).
+        """
+        while True:
+            info = self.info(request, name)
+            if info.state == "error":
+                reason = (info.error or "").replace(info.path, "its directory")
+                raise ApiError(503, f"{name} cannot be served: {reason}", code="model_unavailable")
+            tokenizer = self._tokenizers.find(info)
+            if tokenizer is not None:
+                return ServedModel(info, tokenizer, self.client.max_model_len)
+            await self._load_tokenizer(info)  # meanwhile another version may have come
+
+    async def _load_tokenizer(self, info: ModelInfo) -> None:
+        try:
+            await asyncio.to_thread(self._tokenizers.of, info)
+        except CheckpointError as error:
+            logger.error("%s has no tokenizer: %s", info.name, error)
+            raise ApiError(
+                503,
+                f"{info.name} cannot be served: its tokenizer is missing or damaged",
+                code="model_unavailable",
+            ) from error
+        self._tokenizers.keep([info, *self.client.models()])
+
     def generation(
         self,
+        request: Request,
         request_id: str,
         body: GenerationRequest,
         model: ServedModel,
         prompts: Sequence[Sequence[int]],
         max_tokens: Sequence[int],
     ) -> Generation:
-        """The engine requests for ``prompts``, queued. Raises what ``submit`` raises."""
+        """The engine requests for ``prompts``, queued. Raises what ``submit`` raises; ApiError."""
+        self._require_same(request, model)
         requests = [
             EngineRequest(
                 f"{request_id}-{index}",
@@ -94,6 +130,17 @@ class Service:
         )
         generation.submit()
         return generation
+
+    def _require_same(self, request: Request, model: ServedModel) -> None:
+        """Token ids of one version mean something else to another that has its own tokenizer."""
+        info = self.info(request, model.info.name)
+        if info.digest != model.info.digest:
+            raise ApiError(
+                503,
+                f"{info.name} was replaced by another version while this request was read: "
+                "send it again",
+                code="model_replaced",
+            )
 
 
 async def read_request(request: Request, model: type[RequestT]) -> RequestT:

@@ -76,7 +76,7 @@ def chat_router(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def create_chat_completion(request: Request) -> Response:
         body = await read_request(request, ChatRequest)
-        model = service.model(body.model)
+        model = await service.model(request, body.model)
         if not model.tokenizer.has_chat_template:
             raise RequestError(
                 f"{model.info.name} has no chat template: use /v1/completions, or add "
@@ -90,7 +90,7 @@ def chat_router(service: Service) -> APIRouter:
         asked = body.max_completion_tokens or body.max_tokens
         limit = check_prompt(model, prompt, asked, None, "messages")
         response_id = f"chatcmpl-{request.state.request_id}"
-        generation = service.generation(response_id, body, model, [prompt], [limit])
+        generation = service.generation(request, response_id, body, model, [prompt], [limit])
         shape = ChatShape(body, prompt, model.tokenizer)
         return await respond(request, body, model, generation, shape, response_id)
 

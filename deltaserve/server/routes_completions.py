@@ -66,7 +66,7 @@ def completions_router(service: Service) -> APIRouter:
     @router.post("/v1/completions")
     async def create_completion(request: Request) -> Response:
         body = await read_request(request, CompletionRequest)
-        model = service.model(body.model)
+        model = await service.model(request, body.model)
         prompts = await while_connected(
             request.receive, asyncio.to_thread(_encode, body, model.tokenizer)
         )
@@ -75,7 +75,7 @@ def completions_router(service: Service) -> APIRouter:
             for prompt in prompts
         ]
         response_id = f"cmpl-{request.state.request_id}"
-        generation = service.generation(response_id, body, model, prompts, limits)
+        generation = service.generation(request, response_id, body, model, prompts, limits)
         shape = CompletionShape(body, prompts, model.tokenizer)
         return await respond(request, body, model, generation, shape, response_id)
 

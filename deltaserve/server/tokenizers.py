@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,24 +92,51 @@ class ModelTokenizer:
         return str(text)
 
 
-def load_tokenizers(models: Sequence[ModelInfo]) -> dict[str, ModelTokenizer]:
-    """One ModelTokenizer for each model, the base first in ``models``.
+class Tokenizers:
+    """Those of the served versions, each loaded once. Safe across threads.
 
     Fine-tunes without tokenizer files of their own share the base's vocabulary in memory.
-
-    Raises:
-        CheckpointError: a tokenizer is missing or damaged.
     """
-    base_dir = Path(models[0].path)
-    base = load_tokenizer(models[0].name, [base_dir])
-    loaded = {models[0].name: _model_tokenizer(base, [base_dir])}
-    for model in models[1:]:
-        own_dir = Path(model.path)
-        own = base
-        if has_own_tokenizer(own_dir):
-            own = load_tokenizer(model.name, [own_dir, base_dir])
-        loaded[model.name] = _model_tokenizer(own, [own_dir, base_dir])
-    return loaded
+
+    def __init__(self, models: Sequence[ModelInfo]) -> None:
+        """``models``: the base first. Raises CheckpointError: one is missing or damaged."""
+        self._lock = threading.Lock()
+        self._base_dir = Path(models[0].path)
+        self._base = load_tokenizer(models[0].name, [self._base_dir])
+        self._loaded: dict[tuple[str, str | None], ModelTokenizer] = {}
+        for info in models:
+            self.of(info)
+
+    def find(self, info: ModelInfo) -> ModelTokenizer | None:
+        """That of a version, if it was loaded."""
+        # The path as well: two artifacts of the same weights may differ in their tokenizers.
+        return self._loaded.get((info.path, info.digest))
+
+    def of(self, info: ModelInfo) -> ModelTokenizer:
+        """That of a version, loaded if need be. Raises CheckpointError."""
+        with self._lock:
+            found = self.find(info)
+            if found is None:
+                found = self._loaded[info.path, info.digest] = self._load(info)
+            return found
+
+    def keep(self, models: Iterable[ModelInfo]) -> None:
+        """Forget all others; requests that still use one hold it themselves."""
+        wanted = {(info.path, info.digest) for info in models}
+        with self._lock:
+            for key in self._loaded.keys() - wanted:
+                del self._loaded[key]
+
+    def _load(self, info: ModelInfo) -> ModelTokenizer:
+        directory, tokenizer = Path(info.path), self._base
+        if directory == self._base_dir:
+            return _model_tokenizer(tokenizer, [directory])
+        if has_own_tokenizer(directory):
+            tokenizer = load_tokenizer(info.name, [directory, self._base_dir])
+        return _model_tokenizer(tokenizer, [directory, self._base_dir])
+
+
+load_tokenizers = Tokenizers
 
 
 def _model_tokenizer(

@@ -19,7 +19,7 @@ from tiny_tokenizer import TEMPLATE, byte_level_tokenizer
 from deltaserve.config import EngineConfig, ServerConfig, hash_key
 from deltaserve.engine.types import ModelInfo
 from deltaserve.server.app import create_app
-from deltaserve.server.tokenizers import ModelTokenizer, load_tokenizers
+from deltaserve.server.tokenizers import ModelTokenizer, Tokenizers
 
 
 @pytest.fixture(scope="session")
@@ -58,8 +58,13 @@ def served(model_dirs: dict[str, Path]) -> list[ModelInfo]:
 
 
 @pytest.fixture(scope="session")
-def tokenizers(served: list[ModelInfo]) -> dict[str, ModelTokenizer]:
-    return load_tokenizers(served)
+def all_tokenizers(served: list[ModelInfo]) -> Tokenizers:
+    return Tokenizers(served)
+
+
+@pytest.fixture(scope="session")
+def tokenizers(served: list[ModelInfo], all_tokenizers: Tokenizers) -> dict[str, ModelTokenizer]:
+    return {info.name: all_tokenizers.of(info) for info in served}
 
 
 @contextlib.contextmanager
@@ -88,15 +93,15 @@ def engine(_engine: FakeEngine) -> FakeEngine:
 
 
 @pytest.fixture(scope="session")
-def url(_engine: FakeEngine, tokenizers: dict[str, ModelTokenizer]) -> Iterator[str]:
-    with running(create_app(_engine, tokenizers, ServerConfig(EngineConfig("base")))) as url:
+def url(_engine: FakeEngine, all_tokenizers: Tokenizers) -> Iterator[str]:
+    with running(create_app(_engine, all_tokenizers, ServerConfig(EngineConfig("base")))) as url:
         yield url
 
 
 @pytest.fixture(scope="session")
-def locked_url(_engine: FakeEngine, tokenizers: dict[str, ModelTokenizer]) -> Iterator[str]:
+def locked_url(_engine: FakeEngine, all_tokenizers: Tokenizers) -> Iterator[str]:
     config = ServerConfig(EngineConfig("base"), api_key_sha256=hash_key(KEY))
-    with running(create_app(_engine, tokenizers, config)) as url:
+    with running(create_app(_engine, all_tokenizers, config)) as url:
         yield url
 
 

@@ -11,7 +11,7 @@ from deltaserve.config import EngineConfig, ServerConfig
 from deltaserve.engine.types import ModelInfo
 from deltaserve.server.app import create_app
 from deltaserve.server.drain import Drain
-from deltaserve.server.tokenizers import ModelTokenizer
+from deltaserve.server.tokenizers import Tokenizers
 
 
 def test_a_crashed_engine_turns_readiness_red_and_health_only_if_it_stays_down(
@@ -26,10 +26,10 @@ def test_a_crashed_engine_turns_readiness_red_and_health_only_if_it_stays_down(
 
 
 def test_a_draining_server_takes_no_new_work(
-    engine: FakeEngine, tokenizers: dict[str, ModelTokenizer], served: list[ModelInfo]
+    engine: FakeEngine, all_tokenizers: Tokenizers, served: list[ModelInfo]
 ) -> None:
     drain = Drain()
-    app = create_app(engine, tokenizers, ServerConfig(EngineConfig("base")), drain)
+    app = create_app(engine, all_tokenizers, ServerConfig(EngineConfig("base")), drain)
     with running(app) as url, httpx.Client(base_url=url) as http:
         assert http.get("/v1/models").status_code == 200
         drain.begin()

@@ -10,14 +10,14 @@ from tiny_tokenizer import byte_level_tokenizer
 
 from deltaserve.engine.types import ModelInfo
 from deltaserve.errors import CheckpointError
-from deltaserve.server.tokenizers import ModelTokenizer, load_tokenizers
+from deltaserve.server.tokenizers import ModelTokenizer, Tokenizers
 
 CHAT = [{"role": "user", "content": "x"}]
 
 
 def load(base: Path, own: Path) -> ModelTokenizer:
     models = [ModelInfo("base", str(base), None, None), ModelInfo("own", str(own), "base", "d")]
-    return load_tokenizers(models)["own"]
+    return Tokenizers(models).of(models[1])
 
 
 @pytest.fixture
