@@ -18,6 +18,7 @@ from deltaserve.server.routes_chat import chat_router
 from deltaserve.server.routes_completions import completions_router
 from deltaserve.server.routes_health import health_router
 from deltaserve.server.routes_models import models_router
+from deltaserve.server.routes_tokenize import Aliases, tokenize_router
 from deltaserve.server.tokenizers import Tokenizers
 
 
@@ -41,12 +42,14 @@ def create_app(
     app.include_router(health_router(client, drain))
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
+    app.include_router(tokenize_router(service))
     for kind in (DeltaServeError, GenerationError, HTTPException):
         app.add_exception_handler(kind, _on_error)
     app.add_middleware(DrainGate, drain=drain)
     if config.api_key_sha256 is not None:
         app.add_middleware(ApiKey, sha256=config.api_key_sha256)
-    app.add_middleware(RequestContext)  # added last, so outermost
+    app.add_middleware(RequestContext)
+    app.add_middleware(Aliases)  # added last, so outermost
     return app
 
 

@@ -56,6 +56,7 @@ class Choice:
     text: TextStream
     echo: bool
     """The prompt is still to be repeated."""
+    keep_stop: bool
     num_cached: int = 0
 
 
@@ -64,11 +65,13 @@ class Generation:
 
     def __init__(
         self, client: EngineClient, decoder: Decoder, stops: Sequence[str], n: int,
-        requests: Sequence[EngineRequest], *, echo: bool = False, track: bool = False,
+        requests: Sequence[EngineRequest], *, echo: bool = False, keep_stop: bool = False,
+        track: bool = False,
     ) -> None:  # fmt: skip
         """``requests``: one for each prompt; ``n`` choices are made of each.
 
-        echo: texts begin with the prompt. track: pieces tell their tokens.
+        echo: texts begin with the prompt. keep_stop: what ended an answer is part of its text.
+        track: pieces tell their tokens.
         """
         self._client = client
         self._n = n
@@ -76,8 +79,9 @@ class Generation:
             Choice(
                 index,
                 _variant(requests[index // n], index, index % n),
-                TextStream(decoder, stops, track=track),
+                TextStream(decoder, stops, keep_stop=keep_stop, track=track),
                 echo,
+                keep_stop,
             )
             for index in range(n * len(requests))
         ]
@@ -140,7 +144,8 @@ class Generation:
 def _piece(choice: Choice, event: TokenEvent) -> Piece:
     """Detokenise an event."""
     tokens, reason, logprobs = event.token_ids, event.finish_reason, event.logprobs
-    ending = reason is FinishReason.STOP and tokens and tokens[-1] in _stop_ids(choice)
+    stopped = reason is FinishReason.STOP and tokens and tokens[-1] in _stop_ids(choice)
+    ending = stopped and not choice.keep_stop
     text = ""
     if choice.echo:
         choice.echo = False

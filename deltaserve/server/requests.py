@@ -7,7 +7,9 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
+from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from deltaserve import __version__
@@ -17,9 +19,11 @@ from deltaserve.engine.types import EngineRequest, ModelInfo, SamplingParams
 from deltaserve.errors import CheckpointError, RequestError, UnknownModelError
 from deltaserve.server.errors import ApiError
 from deltaserve.server.generate import Generation
-from deltaserve.server.protocol import CompletionRequest, GenerationRequest, RequestT, parse
+from deltaserve.server.protocol import Body, BodyT, CompletionRequest, GenerationRequest, parse
 from deltaserve.server.sse import ClientGoneError
 from deltaserve.server.tokenizers import ModelTokenizer, Tokenizers
+
+OtherT = TypeVar("OtherT", bound=Body)
 
 logger = logging.getLogger("deltaserve.server")
 
@@ -70,6 +74,10 @@ class Service:
             param="model",
         )
 
+    def default(self, request: Request) -> str:
+        """The model of requests that need not name one: the first that the caller may use."""
+        return next(iter(self.models(request)))
+
     async def model(self, request: Request, name: str) -> ServedModel:
         """The present version, with its own tokenizer.
 
@@ -116,16 +124,19 @@ class Service:
                 model.info.name,
                 tuple(prompt),
                 _sampling(body, model, limit),
+                cache_salt=body.cache_salt or "",
+                priority=body.priority or 0,
             )
             for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
         ]
         generation = Generation(
             self.client,
-            model.tokenizer,
+            model.tokenizer if body.skip_special_tokens is not False else model.tokenizer.showing(),
             body.stops,
             body.n or 1,
             requests,
             echo=isinstance(body, CompletionRequest) and bool(body.echo),
+            keep_stop=bool(body.include_stop_str_in_output),
             track=body.num_logprobs is not None or bool(body.return_token_ids),
         )
         generation.submit()
@@ -143,24 +154,41 @@ class Service:
             )
 
 
-async def read_request(request: Request, model: type[RequestT]) -> RequestT:
+async def read_request(request: Request, model: type[BodyT]) -> BodyT:
     """Read and check a body.
 
     Raises:
         RequestError: not JSON, too large, wrong fields, a grammar that is none.
         ClientGoneError: the client went away while it was sending.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # also keeps foreign web pages from posting unasked
-        raise ApiError(415, "the body must be JSON, with 'Content-Type: application/json'")
-    body = parse(model, await _read_body(request))
-    if (asked := body.grammar()) is not None:
+    body = parse(model, await _read_json(request))
+    if isinstance(body, GenerationRequest) and (asked := body.grammar()) is not None:
         field, grammar = asked
         try:
             await asyncio.to_thread(check_grammar, grammar)
         except RequestError as error:
             raise RequestError(f"{field}: {error}", param=field) from error
     return body
+
+
+async def read_either(
+    request: Request, model: type[BodyT], other: type[OtherT], field: str
+) -> BodyT | OtherT:
+    """A body of one of two kinds: of the first, if it has ``field``."""
+    body = await _read_json(request)
+    try:
+        content = from_json(body)
+    except ValueError:
+        content = None  # ``parse`` says what is wrong
+    chosen: type[Any] = model if isinstance(content, dict) and field in content else other
+    return cast("BodyT | OtherT", parse(chosen, body))
+
+
+async def _read_json(request: Request) -> bytes:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # also keeps foreign web pages from posting unasked
+        raise ApiError(415, "the body must be JSON, with 'Content-Type: application/json'")
+    return await _read_body(request)
 
 
 async def _read_body(request: Request) -> bytes:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from deltaserve.engine.types import FinishReason
-from deltaserve.errors import RequestError
 from deltaserve.server.generate import Piece
 from deltaserve.server.logprobs import answer_ids, of_chat, of_prompt
-from deltaserve.server.protocol import ChatRequest, Message
+from deltaserve.server.prompts import beside, chat_prompt
+from deltaserve.server.protocol import ChatRequest
 from deltaserve.server.requests import Service, check_prompt, read_request
 from deltaserve.server.respond import respond
-from deltaserve.server.sse import while_connected
 from deltaserve.server.tokenizers import ModelTokenizer
 
 
@@ -77,16 +75,7 @@ def chat_router(service: Service) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         body = await read_request(request, ChatRequest)
         model = await service.model(request, body.model)
-        if not model.tokenizer.has_chat_template:
-            raise RequestError(
-                f"{model.info.name} has no chat template: use /v1/completions, or add "
-                "chat_template.jinja to the model and compress it again",
-                param="model",
-            )
-        messages = [_plain(message) for message in body.messages]
-        prompt = await while_connected(
-            request.receive, asyncio.to_thread(model.tokenizer.encode_chat, messages)
-        )
+        prompt = await beside(request, lambda: chat_prompt(body, model))
         asked = body.max_completion_tokens or body.max_tokens
         limit = check_prompt(model, prompt, asked, None, "messages")
         response_id = f"chatcmpl-{request.state.request_id}"
@@ -95,12 +84,3 @@ def chat_router(service: Service) -> APIRouter:
         return await respond(request, body, model, generation, shape, response_id)
 
     return router
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it: one text."""
-    content = message.content or ""
-    if isinstance(content, list):
-        content = "\n".join(part.text or "" for part in content)
-    plain = {"role": message.role, "content": content}
-    return plain | ({"name": message.name} if message.name is not None else {})

@@ -19,10 +19,19 @@ from deltaserve.engine.tokenizer import (
 )
 from deltaserve.engine.types import ModelInfo
 from deltaserve.errors import CheckpointError, RequestError
+from deltaserve.server.messages import ChatPrompt
 
 CHAT_TEMPLATE = "chat_template.jinja"
 # What a template raises when the messages are not what it expects.
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 class ModelTokenizer:
@@ -47,49 +56,71 @@ class ModelTokenizer:
             self._backend.no_truncation()
             self._backend.no_padding()
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._chat_template is not None
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with the special tokens that the model expects around it."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant begins to speak.
+    def encode_chat(self, prompt: ChatPrompt) -> list[int]:
+        """Token ids of a conversation.
 
         Raises:
-            RequestError: the template refuses these messages.
+            RequestError: there is no template, or it refuses this.
         """
+        if self._chat_template is None:
+            raise RequestError(
+                "this model has no chat template: use /v1/completions, or add "
+                "chat_template.jinja to the model and compress it again",
+                param="model",
+            )
         try:
-            ids = self._tokenizer.apply_chat_template(
-                messages,
+            text = self._tokenizer.apply_chat_template(
+                [message.plain() for message in prompt.messages],
                 chat_template=self._chat_template,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
+                tools=[tool.plain() for tool in prompt.tools] if prompt.tools else None,
+                add_generation_prompt=prompt.add_generation_prompt is not False,
+                continue_final_message=bool(prompt.continue_final_message),
+                tokenize=False,
+                **prompt.chat_template_kwargs or {},
             )
         except TEMPLATE_ERRORS as error:
             reason = str(error) or type(error).__name__
             raise RequestError(
                 f"the model's chat template refuses these messages: {reason}", param="messages"
             ) from error
-        return list(ids)
+        return self.encode(str(text), bool(prompt.add_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for, alone; of a special token, its name."""
         return self._spelling.of(token_id)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def showing(self) -> Verbatim:
+        """A decoder to whom special tokens are text like any other."""
+        return Verbatim(self)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text without special tokens, and without transformers' cleaning of English spaces:
         that rewrites text which a client may already have received."""
+        ids, skip = list(token_ids), skip_special_tokens
         if self._backend is not None:
-            text = self._backend.decode(token_ids, skip_special_tokens=True)
-        else:
-            text = self._tokenizer.decode(
-                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            return str(self._backend.decode(ids, skip_special_tokens=skip))
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
             )
-        return str(text)
+        )
+
+
+class Verbatim:
+    """Decodes special tokens as text too."""
+
+    special_ids: frozenset[int] = frozenset()
+
+    def __init__(self, tokenizer: ModelTokenizer) -> None:
+        self.byte_ids = tokenizer.byte_ids
+        self._tokenizer = tokenizer
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
 
 class Tokenizers:

@@ -10,9 +10,10 @@ from tiny_tokenizer import byte_level_tokenizer
 
 from deltaserve.engine.types import ModelInfo
 from deltaserve.errors import CheckpointError
+from deltaserve.server.messages import ChatPrompt
 from deltaserve.server.tokenizers import ModelTokenizer, Tokenizers
 
-CHAT = [{"role": "user", "content": "x"}]
+CHAT = ChatPrompt.model_validate({"messages": [{"role": "user", "content": "x"}]})
 
 
 def load(base: Path, own: Path) -> ModelTokenizer:

@@ -11,7 +11,7 @@ LINES = [
     "naïve café — déjà vu, 你好世界 😀 🇨🇭",
 ]
 TEMPLATE = (
-    "{% for m in messages %}"
+    "{% if mood is defined %}[{{ mood }}]{% endif %}{% for m in messages %}"
     "{% if m.role == 'alien' %}{{ raise_exception('no aliens') }}{% endif %}"
     "{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
