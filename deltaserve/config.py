@@ -21,11 +21,21 @@ from deltaserve.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
-SERVER_KNOBS = ("host", "port", "engine_process", "engine_hang_s", "drain_timeout_s")
+SERVER_KNOBS = (
+    "host",
+    "port",
+    "engine_process",
+    "engine_hang_s",
+    "drain_timeout_s",
+    "tool_call_parser",
+)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 SchedulingPolicy = Literal["fcfs", "priority", "vtc"]
+
+
+ToolCallParser = Literal["auto", "hermes", "llama3_json", "mistral"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +141,8 @@ class ServerConfig:
     step is one sign of life: make it longer than the longest step."""
     drain_timeout_s: float = 10.0
     """What requests in flight may still take when the server is told to stop."""
+    tool_call_parser: ToolCallParser = "auto"
+    """How the models write calls of tools; "auto" is as each one's chat template shows."""
     api_key_sha256: bytes | None = field(default=None, repr=False)
     """Digest of the key that /v1 asks for (the knob ``api_key``); the key itself is not kept."""
 

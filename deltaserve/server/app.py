@@ -37,7 +37,7 @@ def create_app(
     drain = drain or Drain()
     # No schema pages: they would load scripts from elsewhere, and bodies are read by hand.
     app = FastAPI(openapi_url=None, redirect_slashes=False)
-    service = Service(client, tokenizers)
+    service = Service(client, tokenizers, config)
     app.include_router(models_router(service, int(time.time())))
     app.include_router(health_router(client, drain))
     app.include_router(completions_router(service))

@@ -28,7 +28,7 @@ class TextPart(Strict):
 
 
 class CalledFunction(Strict):
-    name: FunctionName
+    name: Annotated[str, Field(min_length=1, max_length=256)]
     arguments: str
     """A JSON object, as text."""
 
@@ -124,6 +124,11 @@ class ChatPrompt(Strict):
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
     """On top of what the template writes, which is usually all."""
+
+    @property
+    def shown_tools(self) -> list[Tool]:
+        """Those that the model is told of."""
+        return self.tools or []
 
     def check_prompt(self) -> None:
         """Raises RequestError."""

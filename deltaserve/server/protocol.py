@@ -18,8 +18,9 @@ from deltaserve.server.grammars import (
     only_one,
     read,
 )
-from deltaserve.server.messages import ChatPrompt
+from deltaserve.server.messages import ChatPrompt, Function, Tool
 from deltaserve.server.strict import Neutral, Strict, one_of
+from deltaserve.server.tools.forced import one_call, some_calls
 
 INT64_MAX = 2**63 - 1
 MAX_STOPS = 16
@@ -211,18 +212,70 @@ class CompletionRequest(GenerationRequest):
         return [prompt] if single else prompt
 
 
+class FunctionChoice(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: FunctionChoice
+
+
 class ChatRequest(GenerationRequest, ChatPrompt):
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | NamedTool | None,
+        one_of("none, auto, required, or the name of a function as OpenAI writes it"),
+    ] = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def num_logprobs(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
 
+    @property
+    def shown_tools(self) -> list[Tool]:
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def several_calls(self) -> bool:
+        return self.parallel_tool_calls is not False
+
+    @property
+    def named_tool(self) -> Function | None:
+        """The function that must be called. Raises RequestError: there is no such."""
+        if not isinstance(self.tool_choice, NamedTool):
+            return None
+        name = self.tool_choice.function.name
+        found = [tool.function for tool in self.tools or () if tool.function.name == name]
+        if not found:
+            raise RequestError(f"tools has no function {name!r}", param="tool_choice")
+        return found[0]
+
+    def grammar(self) -> tuple[str, Grammar] | None:
+        asked = super().grammar()
+        if (named := self.named_tool) is not None:
+            forced = one_call(named)
+        elif self.tool_choice == "required":
+            functions = [tool.function for tool in self.tools or ()]
+            forced = some_calls(functions, several=self.several_calls)
+        else:
+            return asked
+        if asked is not None or self.allowed_token_ids is not None:
+            other = "allowed_token_ids" if asked is None else asked[0]
+            raise RequestError(
+                f"{other} and a tool_choice that forces a call exclude each other: send one",
+                param="tool_choice",
+            )
+        return "tools", forced
+
     def check(self) -> None:
         super().check()
         self.check_prompt()
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise RequestError("tool_choice needs tools", param="tool_choice")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise RequestError(

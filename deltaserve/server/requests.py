@@ -13,6 +13,7 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from deltaserve import __version__
+from deltaserve.config import ServerConfig
 from deltaserve.engine.client import EngineClient
 from deltaserve.engine.grammar import check_grammar
 from deltaserve.engine.types import EngineRequest, ModelInfo, SamplingParams
@@ -53,8 +54,9 @@ class ServedModel:
 class Service:
     """What the routes share: the engine, and the models that it serves now."""
 
-    def __init__(self, client: EngineClient, tokenizers: Tokenizers) -> None:
+    def __init__(self, client: EngineClient, tokenizers: Tokenizers, config: ServerConfig) -> None:
         self.client = client
+        self.config = config
         self._tokenizers = tokenizers
 
     def models(self, request: Request) -> dict[str, ModelInfo]:
@@ -115,9 +117,21 @@ class Service:
         model: ServedModel,
         prompts: Sequence[Sequence[int]],
         max_tokens: Sequence[int],
+        markers: Sequence[str] = (),
     ) -> Generation:
-        """The engine requests for ``prompts``, queued. Raises what ``submit`` raises; ApiError."""
+        """The engine requests for ``prompts``, queued.
+
+        markers: special tokens that show in the text. Raises what ``submit`` raises; ApiError.
+        """
         self._require_same(request, model)
+        if body.priority and self.config.engine.scheduling_policy == "fcfs":
+            raise RequestError(
+                "priority has no effect here: the server runs requests in the order in which "
+                "they come (scheduling_policy is fcfs)",
+                param="priority",
+            )
+        tokenizer = model.tokenizer
+        show_all = body.skip_special_tokens is False
         requests = [
             EngineRequest(
                 f"{request_id}-{index}",
@@ -131,7 +145,7 @@ class Service:
         ]
         generation = Generation(
             self.client,
-            model.tokenizer if body.skip_special_tokens is not False else model.tokenizer.showing(),
+            tokenizer.showing_all() if show_all else tokenizer.showing(markers),
             body.stops,
             body.n or 1,
             requests,

@@ -19,7 +19,9 @@ from deltaserve.engine.tokenizer import (
 )
 from deltaserve.engine.types import ModelInfo
 from deltaserve.errors import CheckpointError, RequestError
+from deltaserve.server.detokenize import Decoder
 from deltaserve.server.messages import ChatPrompt
+from deltaserve.server.tools.choose import format_of
 
 CHAT_TEMPLATE = "chat_template.jinja"
 # What a template raises when the messages are not what it expects.
@@ -42,10 +44,15 @@ class ModelTokenizer:
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None,
         eos_ids: frozenset[int],
+        tool_template: str | None = None,
     ) -> None:
+        """tool_template: for conversations with tools, where it is another."""
         self.eos_ids = eos_ids
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        self._tool_template = tool_template or chat_template
+        self.tool_format = format_of(self._tool_template)
+        """How the model writes calls of tools, as far as its template tells."""
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._spelling = Spelling(tokenizer)
         self.special_ids = self._spelling.special_ids
@@ -72,11 +79,12 @@ class ModelTokenizer:
                 "chat_template.jinja to the model and compress it again",
                 param="model",
             )
+        tools: list[Any] | None = [tool.plain() for tool in prompt.shown_tools] or None
         try:
             text = self._tokenizer.apply_chat_template(
                 [message.plain() for message in prompt.messages],
-                chat_template=self._chat_template,
-                tools=[tool.plain() for tool in prompt.tools] if prompt.tools else None,
+                chat_template=self._tool_template if tools else self._chat_template,
+                tools=tools,
                 add_generation_prompt=prompt.add_generation_prompt is not False,
                 continue_final_message=bool(prompt.continue_final_message),
                 tokenize=False,
@@ -93,9 +101,13 @@ class ModelTokenizer:
         """What one token stands for, alone; of a special token, its name."""
         return self._spelling.of(token_id)
 
-    def showing(self) -> Verbatim:
-        """A decoder to whom special tokens are text like any other."""
-        return Verbatim(self)
+    def showing(self, names: Iterable[str]) -> Decoder:
+        """A decoder to whom these special tokens are text like any other."""
+        shown = self.special_ids & {self._tokenizer.convert_tokens_to_ids(name) for name in names}
+        return Verbatim(self, self.special_ids - shown) if shown else self
+
+    def showing_all(self) -> Decoder:
+        return Verbatim(self, frozenset())
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text without special tokens, and without transformers' cleaning of English spaces:
@@ -111,11 +123,10 @@ class ModelTokenizer:
 
 
 class Verbatim:
-    """Decodes special tokens as text too."""
+    """Decodes special tokens as text too; but those in ``hidden`` are not to be given to it."""
 
-    special_ids: frozenset[int] = frozenset()
-
-    def __init__(self, tokenizer: ModelTokenizer) -> None:
+    def __init__(self, tokenizer: ModelTokenizer, hidden: frozenset[int]) -> None:
+        self.special_ids = hidden
         self.byte_ids = tokenizer.byte_ids
         self._tokenizer = tokenizer
 
@@ -174,12 +185,13 @@ def _model_tokenizer(
     tokenizer: PreTrainedTokenizerBase, directories: Sequence[Path]
 ) -> ModelTokenizer:
     """``directories``: where to look for the other files, the model's own first."""
-    template = _template_file(directories)
+    template, tool_template = _template_file(directories), None
     if template is None and isinstance(tokenizer.chat_template, str):
         template = tokenizer.chat_template
     elif template is None and isinstance(tokenizer.chat_template, dict):
         template = tokenizer.chat_template.get("default")
-    return ModelTokenizer(tokenizer, template, _eos_ids(tokenizer, directories))
+        tool_template = tokenizer.chat_template.get("tool_use")
+    return ModelTokenizer(tokenizer, template, _eos_ids(tokenizer, directories), tool_template)
 
 
 def _template_file(directories: Iterable[Path]) -> str | None:
