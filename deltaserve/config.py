@@ -31,6 +31,7 @@ SERVER_KNOBS = (
     "tenants",
     "state_dir",
     "delta_roots",
+    "tool_call_parser",
 )
 
 KEY_KNOBS = ("api_key", "admin_key")
@@ -39,6 +40,9 @@ KEY_KNOBS = ("api_key", "admin_key")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 SchedulingPolicy = Literal["fcfs", "priority", "vtc"]
+
+
+ToolCallParser = Literal["auto", "hermes", "llama3_json", "mistral"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,8 @@ class ServerConfig:
     step is one sign of life: make it longer than the longest step."""
     drain_timeout_s: float = 10.0
     """What requests in flight may still take when the server is told to stop."""
+    tool_call_parser: ToolCallParser = "auto"
+    """How the models write calls of tools; "auto" is as each one's chat template shows."""
     api_key_sha256: bytes | None = field(default=None, repr=False)
     """Digest of the key that /v1 asks for (the knob ``api_key``); the key itself is not kept.
     For a single user: where there are tenants, each has its own."""

@@ -25,6 +25,7 @@ from deltaserve.server.routes_deltas import deltas_router
 from deltaserve.server.routes_health import health_router
 from deltaserve.server.routes_models import models_router
 from deltaserve.server.routes_tenants import tenants_router
+from deltaserve.server.routes_tokenize import Aliases, tokenize_router
 from deltaserve.server.routes_usage import metrics_router, usage_router
 from deltaserve.server.tokenizers import Tokenizers
 
@@ -39,7 +40,7 @@ def create_app(
     """The endpoint. The caller starts and closes the engine and the office.
 
     Args:
-        tokenizers: with those of ``client.models()``.
+        tokenizers: of the same models; others follow when they are asked for.
         drain: for who wants to end it without cutting answers off.
         office: of a configuration with tenants.
     """
@@ -48,11 +49,12 @@ def create_app(
     metrics = Metrics(client)
     # No schema pages: they would load scripts from elsewhere, and bodies are read by hand.
     app = FastAPI(openapi_url=None, redirect_slashes=False)
-    service = Service(client, tokenizers, metrics, office)
+    service = Service(client, tokenizers, config, metrics, office)
     app.include_router(models_router(service, int(time.time())))
     app.include_router(health_router(client, drain))
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
+    app.include_router(tokenize_router(service))
     app.include_router(metrics_router(metrics))
     if office is not None:
         app.include_router(usage_router(office.usage))
@@ -75,5 +77,6 @@ def create_app(
         )
     elif config.api_key_sha256 is not None:
         app.add_middleware(SingleKey, sha256=config.api_key_sha256)
-    app.add_middleware(RequestContext)  # added last, so outermost
+    app.add_middleware(RequestContext)
+    app.add_middleware(Aliases)  # added last, so outermost
     return app

@@ -58,6 +58,7 @@ class Choice:
     text: TextStream
     echo: bool
     """The prompt is still to be repeated."""
+    keep_stop: bool
     num_cached: int = 0
 
 
@@ -67,12 +68,12 @@ class Generation:
     def __init__(
         self, client: EngineClient, decoder: Decoder, stops: Sequence[str], n: int,
         requests: Sequence[EngineRequest], *, metrics: Metrics, bill: Bill | None = None,
-        echo: bool = False, track: bool = False,
+        echo: bool = False, keep_stop: bool = False, track: bool = False,
     ) -> None:  # fmt: skip
         """``requests``: one for each prompt; ``n`` choices are made of each.
 
-        bill: of the tenant, if there is one. echo: texts begin with the prompt. track: pieces
-        tell their tokens.
+        bill: of the tenant, if there is one. echo: texts begin with the prompt. keep_stop: what
+        ended an answer is part of its text. track: pieces tell their tokens.
         """
         self._client = client
         self._n = n
@@ -83,8 +84,9 @@ class Generation:
             Choice(
                 index,
                 _variant(requests[index // n], index, index % n),
-                TextStream(decoder, stops, track=track),
+                TextStream(decoder, stops, keep_stop=keep_stop, track=track),
                 echo,
+                keep_stop,
             )
             for index in range(n * len(requests))
         ]
@@ -165,7 +167,8 @@ class Generation:
 def _piece(choice: Choice, event: TokenEvent) -> Piece:
     """Detokenise an event."""
     tokens, reason, logprobs = event.token_ids, event.finish_reason, event.logprobs
-    ending = reason is FinishReason.STOP and tokens and tokens[-1] in _stop_ids(choice)
+    stopped = reason is FinishReason.STOP and tokens and tokens[-1] in _stop_ids(choice)
+    ending = stopped and not choice.keep_stop
     text = ""
     if choice.echo:
         choice.echo = False

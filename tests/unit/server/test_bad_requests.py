@@ -116,8 +116,8 @@ def test_fields_without_effect_are_accepted(http):
         ("messages.0.content", [{"role": "user", "content": 5}]),
         ("messages.0.content",
          [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
-        ("messages.0.role", [{"role": "tool", "content": "x", "tool_call_id": None}]),
-        ("messages.0.tool_calls", [{"role": "assistant", "tool_calls": [{"id": "1"}]}]),
+        ("messages.0.tool_call_id", [{"role": "tool", "content": "x", "tool_call_id": None}]),
+        ("messages.0.tool_calls.0.function", [{"role": "assistant", "tool_calls": [{"id": "1"}]}]),
         ("messages.0.mood", [{"role": "user", "content": "x", "mood": "bad"}]),
     ],
 )  # fmt: skip
