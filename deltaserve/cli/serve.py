@@ -59,6 +59,17 @@ DrainTimeout = Annotated[
         f"(default: {ServerConfig.drain_timeout_s:g})"
     ),
 ]
+RequestTimeout = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds that a request may take until its answer has ended. "
+        f"(default: {ServerConfig.request_timeout_s:g})"
+    ),
+]
+MaxBody = Annotated[
+    int | None,
+    typer.Option(help=f"Bytes of the largest request. (default: {ServerConfig.max_body_bytes})"),
+]
 ToolCallParser = Annotated[
     str | None,
     typer.Option(
@@ -175,6 +186,8 @@ def run(
     engine_process: EngineProcess = None,
     engine_hang_s: EngineHang = None,
     drain_timeout_s: DrainTimeout = None,
+    request_timeout_s: RequestTimeout = None,
+    max_body_bytes: MaxBody = None,
     tool_call_parser: ToolCallParser = None,
     served_model_name: Name = None,
     dtype: Dtype = None,

@@ -7,12 +7,14 @@ import time
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
+from deltaserve import __version__
 from deltaserve.config import ServerConfig
 from deltaserve.engine.client import EngineClient
 from deltaserve.errors import DeltaServeError
 from deltaserve.server.drain import Drain, DrainGate
 from deltaserve.server.errors import GenerationError, error_response
 from deltaserve.server.middleware import ApiKey, RequestContext
+from deltaserve.server.openapi import add_schema
 from deltaserve.server.requests import Service
 from deltaserve.server.routes_chat import chat_router
 from deltaserve.server.routes_completions import completions_router
@@ -35,14 +37,18 @@ def create_app(
         drain: for who wants to end it without cutting answers off.
     """
     drain = drain or Drain()
-    # No schema pages: they would load scripts from elsewhere, and bodies are read by hand.
-    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="DeltaServe", version=__version__, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
+    )  # fmt: skip
+    app.state.config = config
     service = Service(client, tokenizers, config)
     app.include_router(models_router(service, int(time.time())))
     app.include_router(health_router(client, drain))
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
     app.include_router(tokenize_router(service))
+    add_schema(app)
     for kind in (DeltaServeError, GenerationError, HTTPException):
         app.add_exception_handler(kind, _on_error)
     app.add_middleware(DrainGate, drain=drain)

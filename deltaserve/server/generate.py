@@ -18,7 +18,7 @@ from deltaserve.engine.types import (
 )
 from deltaserve.errors import EngineDeadError
 from deltaserve.server.detokenize import Decoder, TextStream, Token
-from deltaserve.server.errors import GenerationError
+from deltaserve.server.errors import ApiError, GenerationError
 
 T = TypeVar("T")
 
@@ -65,8 +65,8 @@ class Generation:
 
     def __init__(
         self, client: EngineClient, decoder: Decoder, stops: Sequence[str], n: int,
-        requests: Sequence[EngineRequest], *, echo: bool = False, keep_stop: bool = False,
-        track: bool = False,
+        requests: Sequence[EngineRequest], *, timeout_s: float, echo: bool = False,
+        keep_stop: bool = False, track: bool = False,
     ) -> None:  # fmt: skip
         """``requests``: one for each prompt; ``n`` choices are made of each.
 
@@ -75,6 +75,7 @@ class Generation:
         """
         self._client = client
         self._n = n
+        self._timeout_s = timeout_s
         self._choices = [
             Choice(
                 index,
@@ -98,13 +99,26 @@ class Generation:
             self.abort()
             raise
 
-    def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[Piece]:
         """The text of all choices as it comes.
 
         Raises:
             GenerationError, EngineDeadError: the engine failed.
+            ApiError: it took too long.
         """
-        return merge([self._follow(choice) for choice in self._choices])
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        stream = merge([self._follow(choice) for choice in self._choices])
+        while True:
+            try:
+                # Not around the yield: the time is the engine's, not that of a slow reader.
+                async with asyncio.timeout_at(deadline):
+                    piece = await anext(stream)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                message = f"the answer was not complete after {self._timeout_s:g} s"
+                raise ApiError(504, message, code="timeout") from None
+            yield piece
 
     def abort(self) -> None:
         """End what is unfinished and free its memory. May be called again."""

@@ -28,7 +28,6 @@ OtherT = TypeVar("OtherT", bound=Body)
 
 logger = logging.getLogger("deltaserve.server")
 
-MAX_BODY_BYTES = 8 * 2**20
 MAX_CHOICES = 2048
 """Prompts times n in one HTTP request."""
 MIN_TEMPERATURE = 1e-5
@@ -150,6 +149,7 @@ class Service:
             body.n or 1,
             requests,
             echo=isinstance(body, CompletionRequest) and bool(body.echo),
+            timeout_s=self.config.request_timeout_s,
             keep_stop=bool(body.include_stop_str_in_output),
             track=body.num_logprobs is not None or bool(body.return_token_ids),
         )
@@ -206,18 +206,22 @@ async def _read_json(request: Request) -> bytes:
 
 
 async def _read_body(request: Request) -> bytes:
-    body = bytearray()
-    too_large = int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES
+    config: ServerConfig = request.app.state.config
+    body, limit, seconds = bytearray(), config.max_body_bytes, config.request_timeout_s
+    too_large = int(request.headers.get("content-length", 0)) > limit
     try:
-        if not too_large:
-            async for chunk in request.stream():
-                body += chunk
-                if too_large := len(body) > MAX_BODY_BYTES:
-                    break
+        async with asyncio.timeout(seconds):
+            if not too_large:
+                async for chunk in request.stream():
+                    body += chunk
+                    if too_large := len(body) > limit:
+                        break
     except ClientDisconnect:
         raise ClientGoneError from None
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come within {seconds:g} s") from None
     if too_large:
-        raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+        raise ApiError(413, f"the body is larger than {limit} bytes")
     return bytes(body)
 
 
