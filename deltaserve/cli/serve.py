@@ -79,6 +79,17 @@ DeltaRoots = Annotated[
         "--delta-root", metavar="DIR", help="Deltas may be loaded from here at run time. Repeat it."
     ),
 ]
+RequestTimeout = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds that a request may take until its answer has ended. "
+        f"(default: {ServerConfig.request_timeout_s:g})"
+    ),
+]
+MaxBody = Annotated[
+    int | None,
+    typer.Option(help=f"Bytes of the largest request. (default: {ServerConfig.max_body_bytes})"),
+]
 ToolCallParser = Annotated[
     str | None,
     typer.Option(
@@ -199,6 +210,8 @@ def run(
     engine_process: EngineProcess = None,
     engine_hang_s: EngineHang = None,
     drain_timeout_s: DrainTimeout = None,
+    request_timeout_s: RequestTimeout = None,
+    max_body_bytes: MaxBody = None,
     tool_call_parser: ToolCallParser = None,
     served_model_name: Name = None,
     dtype: Dtype = None,

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from deltaserve import __version__
 from deltaserve.config import ServerConfig
 from deltaserve.engine.client import EngineClient
 from deltaserve.errors import DeltaServeError
@@ -18,6 +19,7 @@ from deltaserve.server.errors import GenerationError, error_response
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.middleware import RequestContext
 from deltaserve.server.office import Office
+from deltaserve.server.openapi import add_schema
 from deltaserve.server.requests import Service
 from deltaserve.server.routes_chat import chat_router
 from deltaserve.server.routes_completions import completions_router
@@ -47,8 +49,11 @@ def create_app(
     assert (office is not None) == config.managed
     drain = drain or Drain()
     metrics = Metrics(client)
-    # No schema pages: they would load scripts from elsewhere, and bodies are read by hand.
-    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="DeltaServe", version=__version__, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
+    )  # fmt: skip
+    app.state.config = config
     service = Service(client, tokenizers, config, metrics, office)
     app.include_router(models_router(service, int(time.time())))
     app.include_router(health_router(client, drain))
@@ -62,6 +67,7 @@ def create_app(
             deltas = Deltas(client, office.registry, office.sources, tokenizers)
             app.include_router(deltas_router(deltas, office.accounts))
             app.include_router(tenants_router(office.accounts))
+    add_schema(app)
 
     async def on_error(request: Request, error: Exception) -> Response:
         caller = caller_of(request)

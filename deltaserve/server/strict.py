@@ -20,10 +20,19 @@ from deltaserve.errors import RequestError
 Neutral = Mapping[str, tuple[Any, ...]]
 
 
+def _as_it_is_judged(schema: dict[str, Any], model: type[Any]) -> None:
+    """Complete a JSON schema by what ``refuse_extra`` does with other fields."""
+    schema["additionalProperties"] = False
+    for name, values in model.neutral.items():
+        schema["properties"].setdefault(name, {"enum": [None, *values]})
+
+
 class Strict(BaseModel):
     """No conversions: "1" is not a number. Other fields are kept, for ``refuse_extra`` to judge."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, json_schema_extra=_as_it_is_judged
+    )
 
     neutral: ClassVar[Neutral] = {}
     """Fields that are not supported, and the values, besides null, with which they are accepted."""
