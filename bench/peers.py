@@ -1,10 +1,11 @@
 """The same load over HTTP on this server and on others: ``python -m deltaserve.bench.peers``.
 
 One machine, one run, one after the other: the same 30 M-parameter models, prompts and official
-``openai`` client; each server is started, warmed up with one request per model, loaded, and
-stopped. 32 requests of 64 generated tokens at once, greedy, over one model and over eight
-fine-tunes. DeltaServe gets deltas; the others get the full checkpoints. What fails is shown as
-failed, not as slow.
+``openai`` client; each server is started, warmed up with one request per model and a short load,
+loaded several times with prompts that it has not seen, and stopped. 32 requests of 64 generated
+tokens at once, greedy, over one model and over eight fine-tunes. The median load counts.
+DeltaServe gets deltas; the others get the full checkpoints. What fails is shown as failed, not as
+slow.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,7 +46,8 @@ class Peer:
 
 @dataclass(frozen=True)
 class Measured:
-    """One load on one server. Times in seconds; tokens are those of requests that succeeded."""
+    """The median of the loads on one server. Times in seconds; tokens are those of requests that
+    succeeded."""
 
     server: str
     num_models: int
@@ -53,6 +56,8 @@ class Measured:
     failures: dict[str, int]
     seconds: float
     tokens: int
+    fastest: float
+    slowest: float
 
     @property
     def tokens_per_second(self) -> float:
@@ -66,8 +71,8 @@ def peers(models: PeerModels) -> list[Peer]:
     full = tuple(str(tune) for tune in models.tunes)
     other = (str(Path(sys.executable).with_name("transformers")), "serve", "--host", "127.0.0.1")
     return [
-        Peer("deltaserve, packed", serve, names),
-        Peer("deltaserve, merged", (*serve, f"--merge-memory-bytes={MERGE_BYTES}"), names),
+        Peer("deltaserve", serve, names),
+        Peer("deltaserve, merged at start", (*serve, f"--merge-memory-bytes={MERGE_BYTES}"), names),
         Peer("transformers serve", other, full),
         Peer("transformers serve --continuous-batching", (*other, "--continuous-batching"), full),
     ]
@@ -106,22 +111,43 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], peer: Peer, 
     raise SystemExit(f"{peer.name} did not become ready; its log is {log}")
 
 
-async def load(url: str, models: Sequence[str], requests: int, tokens: int) -> Measured:
-    """``requests`` at once, the models taking turns, after one warm-up request for each."""
+@dataclass(frozen=True)
+class Load:
+    """What became of the requests that were sent at once: tokens of an answer, or the failure."""
+
+    answers: list[int | str]
+    seconds: float
+
+
+async def load(url: str, models: Sequence[str], requests: int, tokens: int, first: int) -> Load:
+    """``requests`` at once, the models taking turns. first: number of the first prompt."""
     http = DefaultAsyncHttpxClient(trust_env=False, timeout=REQUEST_SECONDS)
     async with AsyncOpenAI(
         base_url=f"{url}/v1", api_key="none", http_client=http, max_retries=0
     ) as client:
-        for model in models:
-            await _ask(client, model, 10_000, 4)
         start = time.perf_counter()
         answers = await asyncio.gather(
-            *(_ask(client, models[i % len(models)], i, tokens) for i in range(requests))
+            *(_ask(client, models[i % len(models)], first + i, tokens) for i in range(requests))
         )
-        seconds = time.perf_counter() - start
-    good = [answer for answer in answers if isinstance(answer, int)]
-    bad = Counter(answer for answer in answers if isinstance(answer, str))
-    return Measured("", len(models), requests, len(good), dict(bad), seconds, sum(good))
+        return Load(answers, time.perf_counter() - start)
+
+
+def summary(server: str, num_models: int, loads: Sequence[Load]) -> Measured:
+    times = sorted(each.seconds for each in loads)
+    median = min(loads, key=lambda each: abs(each.seconds - statistics.median(times)))
+    good = [answer for answer in median.answers if isinstance(answer, int)]
+    bad = Counter(answer for answer in median.answers if isinstance(answer, str))
+    return Measured(
+        server,
+        num_models,
+        requests=len(median.answers),
+        succeeded=len(good),
+        failures=dict(bad),
+        seconds=median.seconds,
+        tokens=sum(good),
+        fastest=times[0],
+        slowest=times[-1],
+    )
 
 
 async def _ask(client: AsyncOpenAI, model: str, index: int, tokens: int) -> int | str:
@@ -138,24 +164,37 @@ async def _ask(client: AsyncOpenAI, model: str, index: int, tokens: int) -> int 
     return answer.usage.completion_tokens if answer.usage else 0
 
 
-def measure(models: PeerModels, requests: int, tokens: int, logs: Path) -> list[Measured]:
+def measure(
+    models: PeerModels, requests: int, tokens: int, rounds: int, logs: Path
+) -> list[Measured]:
     found = []
     for peer in peers(models):
         for count in (1, len(peer.models)):
             print(f"{peer.name}, {count} model(s) ...", file=sys.stderr, flush=True)
+            served = peer.models[:count]
             # A fresh process for each load: a server that broke must not spoil the next one.
             with running(peer, logs / f"{peer.name.replace(' ', '_')}-{count}.log") as url:
-                result = asyncio.run(load(url, peer.models[:count], requests, tokens))
-            found.append(Measured(**{**asdict(result), "server": peer.name}))
+                for model in served:
+                    asyncio.run(load(url, [model], 1, 4, 10_000))
+                asyncio.run(load(url, served, requests, 8, 20_000))
+                loads = [
+                    asyncio.run(load(url, served, requests, tokens, i * requests))
+                    for i in range(rounds)
+                ]
+            found.append(summary(peer.name, count, loads))
     return found
 
 
 def show(results: Sequence[Measured]) -> None:
-    print(f"{'server':<42}{'models':>7}{'answered':>10}{'seconds':>9}{'tokens/s':>10}")
+    print(
+        f"{'server':<42}{'models':>7}{'answered':>10}"
+        f"{'seconds':>9}{'from - to':>14}{'tokens/s':>10}"
+    )
     for r in results:
         share = f"{r.succeeded}/{r.requests}"
         print(
-            f"{r.server:<42}{r.num_models:>7}{share:>10}{r.seconds:>9.1f}{r.tokens_per_second:>10.1f}"
+            f"{r.server:<42}{r.num_models:>7}{share:>10}{r.seconds:>9.1f}"
+            f"{f'{r.fastest:.1f} - {r.slowest:.1f}':>14}{r.tokens_per_second:>10.1f}"
         )
         for kind, count in r.failures.items():
             print(f"    {count} x {kind}")
@@ -167,17 +206,18 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=8, help="fine-tunes (default 8)")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3, help="loads of each server (default 3)")
     parser.add_argument("--out", type=Path, help="write a JSON file as well")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         root = args.dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         root.mkdir(parents=True, exist_ok=True)
-        results = measure(build(root, args.models), args.requests, args.tokens, root)
+        results = measure(build(root, args.models), args.requests, args.tokens, args.rounds, root)
     show(results)
     if args.out:
         command = (
             f"python -m deltaserve.bench.peers --models {args.models} "
-            f"--requests {args.requests} --tokens {args.tokens}"
+            f"--requests {args.requests} --tokens {args.tokens} --rounds {args.rounds}"
         )
         rows = [asdict(r) | {"tokens_per_second": r.tokens_per_second} for r in results]
         record(args.out, command, rows)

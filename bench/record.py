@@ -10,19 +10,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+
+def machine() -> dict[str, Any]:
+    """What can be told without loading torch."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+    }
 
 
 def environment() -> dict[str, Any]:
     """Versions and hardware, so that a number can be judged."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "python": platform.python_version(),
+    import torch
+    import transformers
+
+    return machine() | {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

@@ -19,6 +19,7 @@ SUMMARY = "Serve many fine-tunes of one base model together, each as a small com
 # A command's module is imported when it is called: help must not wait for torch.
 COMMANDS = {
     "demo": "Train a small family of models, compress, serve and check them: start here.",
+    "select": "Choose the best samples of a pool to tune on.",
     "compress": "Compress a fine-tune (or a PEFT LoRA adapter) of a base model into a delta.",
     "verify": "Compare base + delta with the fine-tune: divergence, agreement, perplexity.",
     "diff": "Show what a fine-tune changed: unchanged values, norms, effective ranks.",
@@ -26,6 +27,7 @@ COMMANDS = {
     "export": "Write base + delta as an ordinary Hugging Face checkpoint.",
     "key": "Make an API key for the tenants file, and its digest.",
     "serve": "Serve a base model and its deltas behind an OpenAI-compatible endpoint.",
+    "bench": "Load-test a server: serve, sweep, compare.",
 }
 
 # typer carries its own copy of click and exports only the leaves of its exceptions.
@@ -61,12 +63,13 @@ def dispatch(argv: list[str]) -> int:
 
 
 def run_command(name: str, argv: list[str]) -> int:
-    """Call ``deltaserve.cli.<name>.run`` with its options parsed by typer."""
+    """Call ``deltaserve.cli.<name>.run`` or one of its SUBCOMMANDS, the options parsed by typer."""
     module = importlib.import_module(f"deltaserve.cli.{name}")
     help_too = {"help_option_names": ["-h", "--help"]}
-    single = typer.Typer(add_completion=False, context_settings=help_too)
-    single.command()(module.run)
-    result = typer.main.get_command(single)(
+    app = typer.Typer(add_completion=False, context_settings=help_too)
+    for function in getattr(module, "SUBCOMMANDS", ()) or (module.run,):
+        app.command()(function)
+    result = typer.main.get_command(app)(
         argv, prog_name=f"deltaserve {name}", standalone_mode=False
     )
     return result if isinstance(result, int) else 0

@@ -9,17 +9,38 @@ from contextlib import contextmanager
 from types import FrameType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """Yields a callback (what is being done, bytes done, bytes in all)."""
+    with _bar(DownloadColumn(binary_units=True)) as report:
+        yield report
+
+
+@contextmanager
+def count_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a callback (what is being done, how many done, how many in all; 0: unknown)."""
+    with _bar(MofNCompleteColumn()) as report:
+        yield report
+
+
+@contextmanager
+def _bar(amount: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:>10}"),
         BarColumn(),
-        DownloadColumn(binary_units=True),
+        amount,
         TimeRemainingColumn(),
     )
     # Only a terminal gets a bar: a log should hold results and errors.
@@ -29,7 +50,10 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
         def report(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = int(bar.add_task(phase, total=total, start_time=time.monotonic()))
+                # Without a total the bar pulses.
+                tasks[phase] = int(
+                    bar.add_task(phase, total=total or None, start_time=time.monotonic())
+                )
             bar.update(tasks[phase], completed=done)  # type: ignore[arg-type]
 
         yield report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from concurrent.futures import Future
@@ -43,15 +44,16 @@ class Supervision:
     hang_seconds: without a sign of life while somebody waits. max_crashes: in a row, which a
     process ends that served for ``stable_seconds``; after so many it stays down. The first
     restart is immediate, the next ones wait ``backoff_seconds``, then twice as long each.
-    spare: keep a second process that has imported everything and loaded nothing, so that a
-    restart takes no longer than the model's loading.
+    spare_after_seconds: of serving, then a second process is kept that has imported everything and
+    loaded nothing, so that a restart takes no longer than the model's loading; not at once,
+    because its imports take seconds of a core when the first requests come.
     """
 
     hang_seconds: float = 300.0
     max_crashes: int = 5
     stable_seconds: float = 60.0
     backoff_seconds: float = 1.0
-    spare: bool = True
+    spare_after_seconds: float = 20.0
 
     def delay(self, crashes: int) -> float:
         return 0.0 if crashes < 2 else self.backoff_seconds * 2.0 ** (crashes - 2)
@@ -66,6 +68,7 @@ class ProcessClient(Frontend):
         self._supervision = supervision or Supervision()
         self._process: EngineProcess | None = None
         self._spare: EngineProcess | None = None
+        self._spare_due = math.inf
         self._crashes = 0
         self._given_up = False
         self._closing = threading.Event()
@@ -129,6 +132,7 @@ class ProcessClient(Frontend):
 
     def _launch(self) -> None:
         """Start a process and wait until it serves. Raises what its engine raised."""
+        self._spare_due = math.inf
         process = self._process = self._new_process()
         hello = self._expect(Hello)
         if hello.schema != SCHEMA:
@@ -138,7 +142,7 @@ class ProcessClient(Frontend):
         self._expect(Loading)
         process.hide()
         self._take(self._expect(Ready))
-        self._keep_spare()
+        self._spare_due = time.monotonic() + self._supervision.spare_after_seconds
         if not self._started.done():
             self._started.set_result(None)
 
@@ -155,8 +159,11 @@ class ProcessClient(Frontend):
         return Start(replace(self._config, deltas=()), tuple(served), level)
 
     def _keep_spare(self) -> None:
+        if time.monotonic() < self._spare_due:
+            return
+        self._spare_due = math.inf
         try:
-            self._spare = EngineProcess() if self._supervision.spare else None
+            self._spare = EngineProcess()
         except OSError as error:  # no reason to stop the one that serves
             logger.warning("no spare process can be kept: %s", error)
 
@@ -179,6 +186,7 @@ class ProcessClient(Frontend):
         process, silent = self._process, 0.0
         assert process is not None
         while not self._closing.is_set():
+            self._keep_spare()
             end = process.exit()  # before listening: its last words may still be on their way
             report = process.receive(POLL_SECONDS)
             if isinstance(report, Failed):

@@ -39,7 +39,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def shared(models: tuple[Path, Path]) -> Iterator[ProcessClient]:
     base, delta = models
     client = ProcessClient(
-        engine_config(base, {"tune": delta}), Supervision(hang_seconds=1.0, max_crashes=100)
+        engine_config(base, {"tune": delta}),
+        Supervision(hang_seconds=1.0, max_crashes=100, spare_after_seconds=0),
     )
     yield client
     client.close()

@@ -1,0 +1,178 @@
+"""A whole load test: look at the server, warm it up, run each tenant alone if asked, then all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import datetime
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import aiohttp
+
+from deltaserve.bench.load.client import Client
+from deltaserve.bench.load.plan import Served, probe_sessions, resolve_models, sessions
+from deltaserve.bench.load.prompts import Renderer
+from deltaserve.bench.load.result import Measured
+from deltaserve.bench.load.runner import COMPLETE, INTERRUPTED, Run, Runner
+from deltaserve.bench.load.scrape import Scraper, Series
+from deltaserve.bench.load.target import calibrate, look, version, warm_up
+from deltaserve.bench.load.workload import Tenant, Workload
+
+KEEPALIVE_SECONDS = 2.0
+"""Less than uvicorn's 5: a connection that the server is about to close must not be reused."""
+
+Progress = Callable[[str, Run], None]
+"""Gets what is being run and how far it is."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to send requests. pid: of the server's process, if it was started here."""
+
+    url: str
+    key: str = ""
+    pid: int | None = None
+
+
+def measure(target: Target, workload: Workload, on_progress: Progress) -> Measured:
+    """Run the workload. Ctrl-C and SIGTERM end it early and keep what was measured.
+
+    Raises:
+        DeltaServeError: the server cannot be reached, refuses a key or a first request, or lacks
+            a model: nothing was measured.
+    """
+    return asyncio.run(_measure(target, workload, on_progress))
+
+
+async def _measure(target: Target, workload: Workload, on_progress: Progress) -> Measured:
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
+    timeout = aiohttp.ClientTimeout(total=workload.request_timeout)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
+        keys = {tenant.name: workload.api_key(tenant, target.key) for tenant in workload.tenants}
+        served = await _look_with_every_key(http, target, keys)
+        test = LoadTest(http, target, workload, keys, served, on_progress)
+        await test.prepare()
+        return await test.execute()
+
+
+async def _look_with_every_key(
+    http: aiohttp.ClientSession, target: Target, keys: Mapping[str, str]
+) -> dict[str, list[Served]]:
+    """What each tenant may ask. A key is tried once, whoever shares it."""
+    seen: dict[str, list[Served]] = {}
+    for name, key in keys.items():
+        if key not in seen:
+            seen[key] = await look(http, target.url, key, f"tenant {name!r}")
+    return {name: seen[key] for name, key in keys.items()}
+
+
+class LoadTest:
+    """What the runs of one test share: the server, its models, and its tokenizer's measure."""
+
+    def __init__(
+        self,
+        http: aiohttp.ClientSession,
+        target: Target,
+        workload: Workload,
+        keys: Mapping[str, str],
+        served: Mapping[str, Sequence[Served]],
+        on_progress: Progress,
+    ) -> None:
+        self._http, self._target, self._workload = http, target, workload
+        self._keys, self._served = keys, served
+        self._on_progress = on_progress
+        self._renderer = Renderer()
+        self._series = Series()
+
+    async def prepare(self) -> None:
+        """Every model asked once, so that nothing measured is somebody's first time."""
+        asked = {
+            model: self._keys[tenant.name]
+            for tenant in reversed(self._workload.tenants)
+            for model in resolve_models(tenant, self._served[tenant.name])
+        }
+        clock = asyncio.get_running_loop().time
+        client = self._client(clock)
+        first = self._workload.tenants[0]
+        model = resolve_models(first, self._served[first.name])[0]
+        self._renderer = await calibrate(client, model, self._keys[first.name])
+        await warm_up(client, self._renderer, list(asked.items()))
+
+    async def execute(self) -> Measured:
+        workload = self._workload
+        tenants = workload.tenants
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        alone: dict[str, Run] = {}
+        together = Run()
+        for tenant in tenants if workload.alone and len(tenants) > 1 else ():
+            alone[tenant.name] = together = await self._run([tenant], f"{tenant.name} alone")
+            if together.ended != COMPLETE:
+                break
+        if together.ended == COMPLETE:
+            together = await self._run(tenants, workload.name)
+        else:  # all that there is; its records are of one tenant
+            alone.popitem()
+        return Measured(workload, together, await self._facts(), started, alone, self._series)
+
+    async def _run(self, tenants: Sequence[Tenant], name: str) -> Run:
+        runner = Runner(
+            self._client, self._workload, self._keys, lambda run: self._on_progress(name, run)
+        )
+        renderer = dataclasses.replace(self._renderer, salt=name)
+        streams = {
+            tenant: sessions(tenant, self._workload, self._served[tenant.name], renderer)
+            for tenant in tenants
+        }
+        first = self._workload.tenants[0].name
+        probes = None
+        if self._workload.probes is not None:
+            probes = probe_sessions(self._workload, self._served[first], renderer)
+        self._series = Series()
+        scraper = Scraper(
+            self._http, self._target.url, self._keys[first], self._workload.scrape, self._target.pid
+        )
+        follow = asyncio.ensure_future(scraper.follow(runner.clock, self._series))
+        with _stopping(runner):
+            run = await runner.execute(streams, probes)
+        follow.cancel()
+        await asyncio.gather(follow, return_exceptions=True)
+        await scraper.look(runner.clock, self._series)
+        return run
+
+    def _client(self, clock: Callable[[], float]) -> Client:
+        return Client(self._http, self._target.url, self._workload, clock)
+
+    async def _facts(self) -> dict[str, object]:
+        names = {model.name for served in self._served.values() for model in served}
+        return {
+            "url": self._target.url,
+            "version": await version(self._http, self._target.url),
+            "models": len(names),
+            "tokens_per_word": self._renderer.tokens_per_word,
+        }
+
+
+@contextlib.contextmanager
+def _stopping(runner: Runner) -> Iterator[None]:
+    """The first signal stops the run and keeps what it has; a second ends the program."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+        runner.stop(INTERRUPTED)
+
+    try:
+        for number in SIGNALS:
+            loop.add_signal_handler(number, stop)
+    except (RuntimeError, ValueError):  # not in the main thread, where no signal arrives
+        pass
+    try:
+        yield
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)

@@ -1,0 +1,191 @@
+"""A run as one JSON document, ``SCHEMA``; docs/benchmarks.md describes it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltaserve import __version__
+from deltaserve.bench.load import scrape
+from deltaserve.bench.load.fairness import fairness, slowdown
+from deltaserve.bench.load.records import Record
+from deltaserve.bench.load.runner import Run
+from deltaserve.bench.load.summary import by, distribution, summarise
+from deltaserve.bench.load.workload import Threshold, Workload
+from deltaserve.bench.record import machine
+from deltaserve.errors import ConfigError
+
+SCHEMA = "deltaserve-bench/1"
+SLOW_CLIENT_LAG = 0.05
+"""A client whose timers fire this late in 1 % of the cases measures itself."""
+
+
+@dataclass
+class Measured:
+    """Everything from which the document is made."""
+
+    workload: Workload
+    run: Run
+    target: dict[str, Any]
+    started: str
+    alone: dict[str, Run] = field(default_factory=dict)
+    series: scrape.Series = field(default_factory=scrape.Series)
+
+
+def document(measured: Measured, *, detailed: bool = False) -> dict[str, Any]:
+    """The result; ``detailed`` adds the time of every token."""
+    workload, run = measured.workload, measured.run
+    load = [record for record in run.records if not record.probe]
+    probes = [record for record in run.records if record.probe]
+    seconds = run.seconds
+
+    def summary(records: Sequence[Record]) -> dict[str, Any]:
+        return summarise(records, workload.slo, seconds)
+
+    tenants = {name: summary(group) for name, group in by(load, lambda r: r.tenant).items()}
+    weights = {tenant.name: tenant.weight for tenant in workload.tenants}
+    result = {
+        "schema": SCHEMA,
+        "name": workload.name,
+        "started": measured.started,
+        "ended": run.ended,
+        "seconds": seconds,
+        "environment": environment(),
+        "target": measured.target,
+        "workload": workload.as_dict(),
+        "workload_digest": workload.digest(),
+        "summary": summary(load),
+        "tenants": tenants,
+        "models": {name: summary(group) for name, group in by(load, lambda r: r.model).items()},
+        "probes": summary(probes) if workload.probes else None,
+        "fairness": fairness(load, weights, workload.service_weights, seconds),
+        "slowdown": _slowdowns(measured, tenants),
+        "client": _client(run),
+        "server": _server(measured.series),
+        "requests": _columns(run.records, detailed=detailed),
+    }
+    result["thresholds"] = [check(result, each) for each in workload.thresholds]
+    return result
+
+
+def environment() -> dict[str, Any]:
+    return machine() | {
+        "deltaserve": __version__,
+        "aiohttp": importlib.metadata.version("aiohttp"),
+    }
+
+
+def check(result: Mapping[str, Any], threshold: Threshold) -> dict[str, Any]:
+    """The threshold with the value found, and whether it passed. What was not measured did not."""
+    value = find(result, threshold.metric)
+    measured = isinstance(value, int | float)
+    passed = (
+        measured
+        and (threshold.max is None or value <= threshold.max)
+        and (threshold.min is None or value >= threshold.min)
+    )
+    return {
+        "metric": threshold.metric,
+        "min": threshold.min,
+        "max": threshold.max,
+        "value": value if measured else None,
+        "passed": passed,
+    }
+
+
+def find(result: Any, path: str) -> Any:
+    """The value at ``tenants.polite.ttft.p99``; names may have dots of their own. None if none."""
+    if not path:
+        return result
+    if not isinstance(result, Mapping):
+        return None
+    parts = path.split(".")
+    for count in range(len(parts), 0, -1):
+        name = ".".join(parts[:count])
+        if name in result:
+            return find(result[name], ".".join(parts[count:]))
+    return None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    write_text(path, json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Raises ConfigError: unreadable, or not a result of this schema."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not JSON"
+        raise ConfigError(f"{path}: {reason}") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise ConfigError(f"{path}: its schema is {schema!r}, not {SCHEMA!r}")
+    return content
+
+
+def _slowdowns(measured: Measured, tenants: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, run in measured.alone.items():
+        load = [record for record in run.records if not record.probe]
+        alone = summarise(load, measured.workload.slo, run.seconds)
+        if name in tenants:
+            found[name] = slowdown(tenants[name], alone) | {"alone": alone}
+    return found
+
+
+def _client(run: Run) -> dict[str, Any]:
+    """How the client itself fared. slow: its numbers are about itself, not the server."""
+    lag = distribution(run.lags)
+    return {
+        "lag": lag,
+        "cpu_share": run.cpu_seconds / run.seconds if run.seconds else 0.0,
+        "slow": lag is not None and lag["p99"] > SLOW_CLIENT_LAG,
+    }
+
+
+def _server(series: scrape.Series) -> dict[str, Any]:
+    summary = scrape.summarise(series)
+    values = {name: [value.get(name) for value in series.values] for name in series.names()}
+    return {
+        **scrape.derived(summary),
+        "series": summary,
+        "over_time": {"seconds": series.times, "values": values},
+    }
+
+
+def _columns(records: Sequence[Record], *, detailed: bool) -> dict[str, list[Any]]:
+    """One list for each fact, requests in the order in which they were scheduled."""
+    rows = sorted(records, key=lambda record: record.scheduled)
+    columns: dict[str, list[Any]] = {
+        "tenant": [r.tenant for r in rows],
+        "model": [r.model for r in rows],
+        "probe": [r.probe for r in rows],
+        "turn": [r.turn for r in rows],
+        "outcome": [str(r.outcome) for r in rows],
+        "error": [r.error for r in rows],
+        "message": [r.message for r in rows],
+        "scheduled": [round(r.scheduled, 6) for r in rows],
+        "sent": [round(r.sent, 6) for r in rows],
+        "first": [round(r.scheduled + r.ttft, 6) for r in rows],
+        "finished": [round(r.finished, 6) for r in rows],
+        "prompt_tokens": [r.prompt_tokens for r in rows],
+        "cached_tokens": [r.cached_tokens for r in rows],
+        "output_tokens": [r.output_tokens for r in rows],
+        "max_gap": [round(max(r.gaps, default=0.0), 6) for r in rows],
+    }
+    if detailed:
+        columns["token_times"] = [[round(t, 6) for t in r.token_times] for r in rows]
+    return columns

@@ -1,0 +1,160 @@
+"""The server under test: may it be loaded, what does it serve, is it warm."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+import urllib.parse
+from collections.abc import Sequence
+
+import aiohttp
+
+from deltaserve.bench.load.client import Client, Prompt, authorization, error_message
+from deltaserve.bench.load.plan import Served
+from deltaserve.bench.load.prompts import Renderer
+from deltaserve.bench.load.records import Outcome, Record
+from deltaserve.bench.load.workload import Workload
+from deltaserve.errors import ConfigError, DeltaServeError
+
+CALIBRATION_WORDS = (4, 20)
+WARMUP_WORDS = 8
+WARMUP_TOKENS = 4
+WARMUP_AT_ONCE = 8
+LOOK_SECONDS = 10.0
+BUSY = (429, 503)
+UNKNOWN_FIELD = (400, 422)
+BUSY_RETRIES = 4
+BUSY_SECONDS = 0.25
+
+
+class TargetError(DeltaServeError):
+    """The server cannot be reached, or refuses what every request would need."""
+
+
+def check_url(url: str, *, allow_remote: bool) -> str:
+    """The address without a trailing slash or /v1.
+
+    Raises:
+        ConfigError: not an address, or not of this machine and ``allow_remote`` is not set: a
+            load test of somebody else's server is an attack.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"{url!r} is no address: give something like http://127.0.0.1:8000")
+    try:
+        found = socket.getaddrinfo(parts.hostname, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"unknown host {parts.hostname!r}: {error.strerror}") from error
+    local = all(ipaddress.ip_address(each[4][0]).is_loopback for each in found)
+    if not local and not allow_remote:
+        raise ConfigError(
+            f"{parts.hostname} is another machine: say --allow-remote if its load is yours to make"
+        )
+    return url.rstrip("/").removesuffix("/v1")
+
+
+async def look(http: aiohttp.ClientSession, url: str, key: str, who: str) -> list[Served]:
+    """What the server serves; nothing where it cannot tell, as ``transformers serve`` without a
+    cache of models. Raises TargetError: unreachable, or wrong key."""
+    timeout = aiohttp.ClientTimeout(LOOK_SECONDS)
+    try:
+        async with http.get(
+            f"{url}/v1/models", headers=authorization(key), timeout=timeout
+        ) as response:
+            if response.status in (401, 403):
+                said = error_message(await response.text())
+                raise TargetError(f"{url} refuses the key of {who}: {said}")
+            if response.status != 200:
+                response.close()  # a server that failed may be about to close it too
+                return []
+            models = (await response.json(content_type=None))["data"]
+            return [Served(model["id"], model.get("parent")) for model in models]
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        reason = str(error) or type(error).__name__
+        raise TargetError(f"no server answers at {url}: {reason}") from error
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+async def version(http: aiohttp.ClientSession, url: str) -> str | None:
+    """What the server says of itself, if it does."""
+    with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError):
+        timeout = aiohttp.ClientTimeout(LOOK_SECONDS)
+        async with http.get(f"{url}/version", timeout=timeout) as response:
+            return str((await response.json(content_type=None))["version"])
+    return None
+
+
+async def listens(url: str) -> bool:
+    """Whether something accepts connections there."""
+    parts = urllib.parse.urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        async with asyncio.timeout(1.0):
+            _, writer = await asyncio.open_connection(parts.hostname, port)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return True
+
+
+async def calibrate(client: Client, model: str, key: str) -> Renderer:
+    """How many tokens the server counts for a word. Raises TargetError when it refuses."""
+    ids = client.workload.token_ids
+    if ids is not None:
+        return Renderer(token_ids=ids)
+    counted = []
+    for words in CALIBRATION_WORDS:
+        text = Renderer().prompt([("calibration", words)])
+        record = await _ask(client, model, as_prompt(text, client.workload), 1, key)
+        counted.append((words, record.prompt_tokens))
+    return Renderer.calibrated(*counted)
+
+
+async def warm_up(client: Client, renderer: Renderer, asked: Sequence[tuple[str, str]]) -> None:
+    """Requests for each (model, key), a few at once. Raises TargetError when one fails."""
+    slots = asyncio.Semaphore(WARMUP_AT_ONCE)
+
+    async def one(model: str, key: str, number: int) -> None:
+        text = renderer.prompt([(f"warm-up {model} {number}", WARMUP_WORDS)])
+        async with slots:
+            await _ask(client, model, as_prompt(text, client.workload), WARMUP_TOKENS, key)
+
+    numbers = range(client.workload.warmup)
+    work = [one(model, key, number) for number in numbers for model, key in asked]
+    for result in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
+
+
+def as_prompt(text: str | list[int], workload: Workload) -> Prompt:
+    """A single question as the endpoint wants it."""
+    if workload.endpoint == "completions" or not isinstance(text, str):
+        return text
+    return [{"role": "user", "content": text}]
+
+
+async def _ask(client: Client, model: str, prompt: Prompt, tokens: int, key: str) -> Record:
+    """A request that must be answered: tried again a few times if it is told to come later, or
+    if the connection broke, which hides why it was refused."""
+    for attempt in range(BUSY_RETRIES + 1):
+        now = client.clock()
+        record = Record("", model, now, now, now, Outcome.OK)
+        record, _ = await client.ask(record, prompt, tokens, key)
+        if record.outcome is Outcome.UNFINISHED:
+            raise asyncio.CancelledError
+        if record.status not in BUSY and record.outcome is not Outcome.DISCONNECTED:
+            break
+        await asyncio.sleep(BUSY_SECONDS * 2**attempt)
+    if not record.ok:
+        hint = ""
+        if record.status in UNKNOWN_FIELD and client.workload.ignore_eos:
+            hint = " (if it does not know ignore_eos, set ignore_eos: false)"
+        raise TargetError(
+            f"a first request for {model} failed: {record.error}: {record.message}{hint}"
+        )
+    return record

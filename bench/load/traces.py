@@ -1,0 +1,213 @@
+"""Recorded loads in their published formats, and synthetic ones with their statistics.
+
+Formats, told apart by their first line:
+
+- Azure LLM 2023 and 2024 (CSV): TIMESTAMP, ContextTokens, GeneratedTokens
+- BurstGPT (CSV): Timestamp, Model, Request tokens, Response tokens, and others
+- Mooncake (JSONL): timestamp in ms, input_length, output_length, hash_ids
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltaserve.errors import ConfigError
+
+MOONCAKE_BLOCK = 512
+"""Tokens that one of Mooncake's hash ids stands for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One recorded request. time: seconds since the first."""
+
+    time: float
+    prompt_tokens: int
+    output_tokens: int
+    model: str | None = None
+    blocks: tuple[int, ...] = ()
+    """Ids of the prompt's blocks: equal ids, equal text."""
+    block_tokens: int = MOONCAKE_BLOCK
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of a trace: its rate, how bursty it is, and quantiles of the lengths.
+
+    gaps_cv: standard deviation of the gaps between arrivals over their mean; 1 is Poisson.
+    Means are of the trace itself, for tests to compare with.
+    """
+
+    rate: float
+    gaps_cv: float
+    prompt: tuple[int, ...]
+    output: tuple[int, ...]
+    prompt_mean: float
+    output_mean: float
+
+
+QUANTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
+"""In percent, of the lengths in ``PUBLISHED``."""
+
+# Computed from the published files: AzureLLMInferenceTrace_{code,conv}.csv (2023, CC-BY,
+# Splitwise, ISCA 2024) and conversation_trace.jsonl (Mooncake, FAST 2025; its timestamps are
+# rounded to 3 s, so its gaps tell nothing and Poisson is assumed).
+PUBLISHED = {
+    "azure-code": Published(
+        rate=2.567,
+        gaps_cv=13.15,
+        prompt=(3, 17, 75, 147, 578, 1469, 2744, 5188, 7303, 7436, 7437),
+        output=(6, 6, 6, 7, 9, 13, 24, 55, 90, 251, 1899),
+        prompt_mean=2047.8,
+        output_mean=27.9,
+    ),
+    "azure-conv": Published(
+        rate=5.530,
+        gaps_cv=1.094,
+        prompt=(2, 29, 181, 207, 396, 1020, 1189, 2734, 4083, 4142, 14050),
+        output=(7, 16, 41, 54, 85, 129, 395, 424, 451, 601, 1000),
+        prompt_mean=1154.7,
+        output_mean=211.1,
+    ),
+    "mooncake-conversation": Published(
+        rate=3.401,
+        gaps_cv=1.0,
+        prompt=(891, 894, 901, 964, 2306, 6909, 15367, 27367, 39550, 85400, 126195),
+        output=(1, 3, 10, 24, 156, 350, 472, 597, 698, 1119, 2000),
+        prompt_mean=12035.1,
+        output_mean=342.6,
+    ),
+}
+
+
+def read_trace(path: Path) -> list[Row]:
+    """The requests of a file, in order of time, the first at 0.
+
+    Raises:
+        ConfigError: unreadable, of an unknown format, or malformed; the line is named.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    first = text.partition("\n")[0]
+    if first.startswith("{"):
+        rows = list(_parse_all(path, _json_lines(path, text), _mooncake))
+    else:
+        parse = _csv_parser(path, {name.strip() for name in first.split(",")})
+        rows = list(_parse_all(path, _csv_lines(text), parse))
+    if not rows:
+        raise ConfigError(f"{path}: holds no requests")
+    rows.sort(key=lambda row: row.time)
+    return [replace(row, time=row.time - rows[0].time) for row in rows]
+
+
+def shrunk(row: Row, factor: float) -> Row:
+    """The same request with all its lengths divided, for models of a short context."""
+    return replace(
+        row,
+        prompt_tokens=max(1, round(row.prompt_tokens / factor)),
+        output_tokens=max(1, round(row.output_tokens / factor)),
+        block_tokens=max(1, round(row.block_tokens / factor)),
+    )
+
+
+def synthetic(like: Published, rng: np.random.Generator) -> Iterator[Row]:
+    """Requests without end whose rate, burstiness and lengths are those of a published trace."""
+    shape = like.gaps_cv**-2
+    time = 0.0
+    while True:
+        time += rng.gamma(shape, 1 / (like.rate * shape))
+        yield Row(time, from_quantiles(like.prompt, rng), from_quantiles(like.output, rng))
+
+
+def from_quantiles(lengths: tuple[int, ...], rng: np.random.Generator) -> int:
+    """Inverse of the distribution function, interpolated between logarithms."""
+    return round(math.exp(np.interp(100 * rng.random(), QUANTILES, np.log(lengths))))
+
+
+def _csv_parser(path: Path, columns: set[str]) -> Callable[[Mapping[str, Any]], Row]:
+    if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= columns:
+        return _azure
+    if {"Timestamp", "Request tokens", "Response tokens"} <= columns:
+        return _burstgpt
+    raise ConfigError(
+        f"{path}, line 1: no known trace. Known: Azure's (TIMESTAMP, ContextTokens, "
+        "GeneratedTokens), BurstGPT's (Timestamp, Request tokens, Response tokens), "
+        "Mooncake's JSONL"
+    )
+
+
+def _parse_all(
+    path: Path,
+    lines: Iterator[tuple[int, Mapping[str, Any]]],
+    parse: Callable[[Mapping[str, Any]], Row],
+) -> Iterator[Row]:
+    for number, line in lines:
+        try:
+            row = parse(line)
+            if row.prompt_tokens < 0 or row.output_tokens < 0 or not math.isfinite(row.time):
+                raise ValueError("a value is negative or not finite")
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ConfigError(f"{path}, line {number}: {what}") from error
+        if row.output_tokens:  # those without an answer had failed when they were recorded
+            yield row
+
+
+def _csv_lines(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
+    for line in reader:
+        yield reader.line_num, line
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}, line {number}: not JSON: {error.msg}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}, line {number}: not a JSON object")
+        yield number, content
+
+
+def _azure(line: Mapping[str, Any]) -> Row:
+    # Seven decimals, one more than Python reads.
+    stamp, _, fraction = line["TIMESTAMP"].partition(".")
+    whole = datetime.datetime.fromisoformat(stamp).replace(tzinfo=datetime.UTC).timestamp()
+    digits = fraction.partition("+")[0] or "0"
+    return Row(
+        whole + float(f"0.{digits}"), int(line["ContextTokens"]), int(line["GeneratedTokens"])
+    )
+
+
+def _burstgpt(line: Mapping[str, Any]) -> Row:
+    return Row(
+        float(line["Timestamp"]),
+        int(line["Request tokens"]),
+        int(line["Response tokens"]),
+        line.get("Model"),
+    )
+
+
+def _mooncake(line: Mapping[str, Any]) -> Row:
+    return Row(
+        float(line["timestamp"]) / 1e3,
+        int(line["input_length"]),
+        int(line["output_length"]),
+        line.get("model"),
+        tuple(int(block) for block in line.get("hash_ids", ())),
+    )
