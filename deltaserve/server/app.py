@@ -18,6 +18,7 @@ from deltaserve.server.openapi import add_schema
 from deltaserve.server.requests import Service
 from deltaserve.server.routes_chat import chat_router
 from deltaserve.server.routes_completions import completions_router
+from deltaserve.server.routes_embeddings import embeddings_router
 from deltaserve.server.routes_health import health_router
 from deltaserve.server.routes_models import models_router
 from deltaserve.server.routes_tokenize import Aliases, tokenize_router
@@ -47,6 +48,7 @@ def create_app(
     app.include_router(health_router(client, drain))
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
+    app.include_router(embeddings_router(service))
     app.include_router(tokenize_router(service))
     add_schema(app)
     for kind in (DeltaServeError, GenerationError, HTTPException):

@@ -18,9 +18,16 @@ from deltaserve.engine.client import EngineClient
 from deltaserve.engine.grammar import check_grammar
 from deltaserve.engine.types import EngineRequest, ModelInfo, SamplingParams
 from deltaserve.errors import CheckpointError, RequestError, UnknownModelError
+from deltaserve.server.bodies import PooledRequest
 from deltaserve.server.errors import ApiError
 from deltaserve.server.generate import Generation
-from deltaserve.server.protocol import Body, BodyT, CompletionRequest, GenerationRequest, parse
+from deltaserve.server.protocol import (
+    Body,
+    BodyT,
+    CompletionRequest,
+    GenerationRequest,
+    parse,
+)
 from deltaserve.server.sse import ClientGoneError
 from deltaserve.server.tokenizers import ModelTokenizer, Tokenizers
 
@@ -298,6 +305,7 @@ def _sampling(body: GenerationRequest, model: ServedModel, max_tokens: int) -> S
         logprobs=body.num_logprobs,
         prompt_logprobs=body.num_prompt_logprobs,
         allowed_token_ids=_allowed(body.allowed_token_ids, model),
+        pooling=body.pooling if isinstance(body, PooledRequest) else None,
         grammar=asked[1] if (asked := body.grammar()) is not None else None,
     )
 
