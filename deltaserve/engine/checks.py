@@ -13,7 +13,8 @@ def check_request(request: EngineRequest, vocab_size: int, max_model_len: int) -
     prompt, max_tokens = request.prompt_ids, request.sampling.max_tokens
     if not prompt:
         raise RequestError("the prompt is empty", param="prompt")
-    least = 1 if request.sampling.prompt_logprobs is None else 0
+    sampling = request.sampling
+    least = 1 if sampling.prompt_logprobs is None and sampling.pooling is None else 0
     if max_tokens < least:
         raise RequestError(
             f"max_tokens must be at least {least}, not {max_tokens}", param="max_tokens"

@@ -313,9 +313,11 @@ class Engine:
     def _root_key(self, request: EngineRequest, version: DeltaVersion) -> Key | None:
         """Whose computed blocks the request may share: same weights, salt and tenant.
 
-        None with prompt logprobs: what would be reused has no logits to take them from.
+        None with what is taken from all of the prompt: what would be reused has no states.
         """
-        if not self.config.enable_prefix_caching or request.sampling.prompt_logprobs is not None:
+        sampling = request.sampling
+        whole = sampling.prompt_logprobs is not None or sampling.pooling == "mean"
+        if not self.config.enable_prefix_caching or whole:
             return None
         tenant = "" if self.config.share_prefixes_between_tenants else request.tenant
         return root_key(version.digest, request.cache_salt, tenant)

@@ -16,6 +16,7 @@ from torch import nn
 from deltaserve.engine import logprobs
 from deltaserve.engine.logits import adjust
 from deltaserve.engine.model import KVCache
+from deltaserve.engine.pooling import pool
 from deltaserve.engine.routing import Routing, StepContext, segments
 from deltaserve.engine.scheduler import StepPlan
 from deltaserve.engine.sequence import Sequence
@@ -62,6 +63,7 @@ class Runner:
         inputs = self.prepare(plan)
         hidden_TD = self.forward(inputs)
         self._score_prompts(plan, inputs.routing, hidden_TD, vocab_sizes)
+        pool(plan.rows, hidden_TD)
         if not drawing:
             return {}
         logits_SV = self.logits(hidden_TD[inputs.last_S], inputs.routing)

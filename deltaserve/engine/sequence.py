@@ -19,6 +19,7 @@ from deltaserve.engine.versions import DeltaVersion
 
 if TYPE_CHECKING:
     from deltaserve.engine.grammar import Matcher
+    from deltaserve.engine.pooling import Pooled
 
 
 @dataclass(eq=False, slots=True)
@@ -31,6 +32,7 @@ class Sequence:
     many of them as were needed so far. num_cached: prompt tokens that were found computed
     when the sequence was first admitted. logprobs: of the token drawn last; prompt_logprobs: of
     the prompt from its second token on, as far as computed. Both only where they were asked for.
+    pooled: of the prompt's states, where its embedding was asked for.
     matcher: which tokens may come next, where not all may; it has seen all generated ones, and
     computing the sequence again does not touch it. failure: why no token can follow.
 
@@ -58,6 +60,7 @@ class Sequence:
     usages: tuple[Usage, ...] = ()
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    pooled: Pooled | None = None
     matcher: Matcher | None = None
     failure: str | None = None
 
@@ -135,6 +138,7 @@ class Sequence:
             num_cached=self.num_cached or 0,
             logprobs=(self.logprobs,) if self.logprobs is not None and wanted else None,
             prompt_logprobs=tuple(self.prompt_logprobs) if first else None,
+            embedding=self.pooled.mean() if self.pooled and self.num_generated == 1 else None,
         )
 
     def describe(self, now: float) -> dict[str, Any]:

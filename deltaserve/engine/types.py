@@ -45,7 +45,8 @@ class SamplingParams:
 
     ``seed`` makes the draws repeatable whatever shares the batch. Generation ends with
     any of ``stop_token_ids`` (the model's end-of-sequence tokens included by the caller)
-    or after ``max_tokens``, which may be 0 where only ``prompt_logprobs`` are wanted.
+    or after ``max_tokens``, which may be 0 where only ``prompt_logprobs`` or ``pooling`` are
+    wanted.
     """
 
     max_tokens: int
@@ -69,6 +70,8 @@ class SamplingParams:
     """The same of each token of the prompt but the first, which then is computed, never reused."""
     allowed_token_ids: tuple[int, ...] | None = None
     """Only these can be drawn, stop tokens included. Not together with a grammar."""
+    pooling: Literal["mean", "last"] | None = None
+    """Report one vector of the prompt: the last layer's states, of all its tokens or the last."""
     grammar: Grammar | None = None
     """The answer matches it, unless ``max_tokens`` cuts it; stop tokens only end what matches."""
 
@@ -114,7 +117,8 @@ class TokenEvent:
 
     A stop token that ended the request is included in ``token_ids``. ``num_cached``: how many
     tokens of the prompt did not have to be computed. ``logprobs``: one for each of ``token_ids``;
-    ``prompt_logprobs``: of the prompt from its second token on, with the first event.
+    ``prompt_logprobs``: of the prompt from its second token on, with the first event, as
+    ``embedding``: the prompt's pooled states.
     """
 
     request_id: str
@@ -126,6 +130,7 @@ class TokenEvent:
     """With the last event."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    embedding: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from deltaserve.server.requests import Service
 from deltaserve.server.routes_chat import chat_router
 from deltaserve.server.routes_completions import completions_router
 from deltaserve.server.routes_deltas import deltas_router
+from deltaserve.server.routes_embeddings import embeddings_router
 from deltaserve.server.routes_health import health_router
 from deltaserve.server.routes_models import models_router
 from deltaserve.server.routes_tenants import tenants_router
@@ -59,6 +60,7 @@ def create_app(
     app.include_router(health_router(client, drain))
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
+    app.include_router(embeddings_router(service))
     app.include_router(tokenize_router(service))
     app.include_router(metrics_router(metrics))
     if office is not None:

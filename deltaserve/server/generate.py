@@ -37,6 +37,7 @@ class Piece:
     finish_reason: FinishReason | None = None
     tokens: tuple[Token, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    embedding: tuple[float, ...] | None = None
 
 
 def join(pieces: Sequence[Piece]) -> Piece:
@@ -48,6 +49,7 @@ def join(pieces: Sequence[Piece]) -> Piece:
         last.finish_reason,
         tuple(token for piece in pieces for token in piece.tokens),
         first.prompt_logprobs,
+        first.embedding,
     )
 
 
@@ -195,7 +197,7 @@ def _piece(choice: Choice, event: TokenEvent) -> Piece:
     if choice.text.stopped:
         reason = FinishReason.STOP
     shown = choice.text.take(all_left=reason is not None)
-    return Piece(choice.index, text, reason, shown, event.prompt_logprobs)
+    return Piece(choice.index, text, reason, shown, event.prompt_logprobs, event.embedding)
 
 
 def _stop_ids(choice: Choice) -> frozenset[int]:

@@ -13,18 +13,17 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from deltaserve.server.bodies import DetokenizeRequest, EmbeddingRequest, TokenizeChat, TokenizeText
 from deltaserve.server.protocol import (
     ChatRequest,
     CompletionRequest,
-    DetokenizeRequest,
-    TokenizeChat,
-    TokenizeText,
 )
 
 BODIES: dict[str, tuple[type[BaseModel], ...]] = {
     "/v1/chat/completions": (ChatRequest,),
     "/v1/completions": (CompletionRequest,),
     "/v1/detokenize": (DetokenizeRequest,),
+    "/v1/embeddings": (EmbeddingRequest,),
     "/v1/tokenize": (TokenizeText, TokenizeChat),
 }
 STREAMED = ("/v1/chat/completions", "/v1/completions")

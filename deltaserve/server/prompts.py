@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 
 from deltaserve.errors import RequestError
-from deltaserve.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from deltaserve.server.protocol import ChatRequest, GenerationRequest
 from deltaserve.server.requests import ServedModel, check_choices
 from deltaserve.server.sse import while_connected
 
@@ -21,15 +21,18 @@ async def beside(request: Request, work: Callable[[], T]) -> T:
     return await while_connected(request.receive, asyncio.to_thread(work))
 
 
-def completion_prompts(body: CompletionRequest, model: ServedModel) -> list[list[int]]:
-    """The token ids of each prompt. Raises RequestError."""
-    prompts = body.prompts
+def text_prompts(
+    body: GenerationRequest, given: Any, model: ServedModel, max_tokens: int | None, param: str
+) -> list[list[int]]:
+    """The token ids of each prompt, ``given`` in one of the four forms. Raises RequestError."""
+    single = isinstance(given, str) or (given and isinstance(given[0], int))
+    prompts: list[str | list[int]] = [given] if single else given
     check_choices(len(prompts), body.n)
     if not prompts or "" in prompts:
-        raise RequestError("prompt is empty: it must hold at least one token", param="prompt")
+        raise RequestError(f"{param} is empty: it must hold at least one token", param=param)
     special = body.add_special_tokens is not False
     found = [model.tokenizer.encode(p, special) if isinstance(p, str) else p for p in prompts]
-    return [_truncate(body, model, ids, body.max_tokens) for ids in found]
+    return [_truncate(body, model, ids, max_tokens) for ids in found]
 
 
 def chat_prompt(body: ChatRequest, model: ServedModel) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -19,7 +19,7 @@ from deltaserve.server.grammars import (
     read,
 )
 from deltaserve.server.messages import ChatPrompt, Function, Tool
-from deltaserve.server.strict import Neutral, Strict, one_of
+from deltaserve.server.strict import Strict, one_of
 from deltaserve.server.tools.forced import one_call, some_calls
 
 INT64_MAX = 2**63 - 1
@@ -32,6 +32,12 @@ MAX_LOGPROBS = 20
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+Salt = Annotated[str, Field(min_length=1, max_length=1024)]
+Prompts = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    one_of("a text, a list of texts, a list of token ids, or a list of lists of token ids"),
+]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -102,9 +108,10 @@ class GenerationRequest(Body):
     include_stop_str_in_output: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT64_MAX)] | None = None
     """Keep so many of the prompt's last tokens; -1 is as many as fit."""
-    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
+    add_special_tokens: bool | None = None
+    priority: Priority | None = None
     """Lower runs first."""
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    cache_salt: Salt | None = None
     """Computed prompts are shared with requests of the same salt only."""
     # For the operator's records; they have no effect on answers.
     user: str | None = None
@@ -173,11 +180,7 @@ class GenerationRequest(Body):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: Annotated[
-        str | list[str] | list[int] | list[list[int]],
-        one_of("a text, a list of texts, a list of token ids, or a list of lists of token ids"),
-    ]
-    add_special_tokens: bool | None = None
+    prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
     """0 only reads the prompt, for ``echo`` or ``prompt_logprobs``."""
     echo: bool | None = None
@@ -203,13 +206,6 @@ class CompletionRequest(GenerationRequest):
                 "max_tokens is 0: that needs echo or prompt_logprobs, or nothing would be answered",
                 param="max_tokens",
             )
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """The four forms as one: a list of prompts."""
-        prompt: Any = self.prompt
-        single = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
-        return [prompt] if single else prompt
 
 
 class FunctionChoice(Strict):
@@ -283,32 +279,6 @@ class ChatRequest(GenerationRequest, ChatPrompt):
             )
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
-
-
-class TokenizeText(Body):
-    """vLLM's /tokenize of a text."""
-
-    model: str | None = None
-    prompt: str
-    add_special_tokens: bool | None = None
-    return_token_strs: bool | None = None
-
-
-class TokenizeChat(Body, ChatPrompt):
-    """vLLM's /tokenize of a conversation."""
-
-    neutral: ClassVar[Neutral] = {"chat_template": (), "mm_processor_kwargs": ()}
-
-    model: str | None = None
-    return_token_strs: bool | None = None
-
-    def check(self) -> None:
-        self.check_prompt()
-
-
-class DetokenizeRequest(Body):
-    model: str | None = None
-    tokens: list[TokenId]
 
 
 def parse(model: type[BodyT], body: bytes) -> BodyT:

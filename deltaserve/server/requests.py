@@ -20,6 +20,7 @@ from deltaserve.engine.types import EngineRequest, ModelInfo, SamplingParams
 from deltaserve.errors import CheckpointError, RequestError, UnknownModelError
 from deltaserve.server.auth import caller_of
 from deltaserve.server.billing import Bill, open_bill
+from deltaserve.server.bodies import PooledRequest
 from deltaserve.server.errors import ApiError
 from deltaserve.server.generate import Generation
 from deltaserve.server.metrics import Metrics
@@ -363,6 +364,7 @@ def _sampling(body: GenerationRequest, model: ServedModel, max_tokens: int) -> S
         logprobs=body.num_logprobs,
         prompt_logprobs=body.num_prompt_logprobs,
         allowed_token_ids=_allowed(body.allowed_token_ids, model),
+        pooling=body.pooling if isinstance(body, PooledRequest) else None,
         grammar=asked[1] if (asked := body.grammar()) is not None else None,
     )
 

@@ -56,7 +56,7 @@ async def respond(
         events = _events(generation, shape, envelope, body)
         return EventStream(events, on_close=generation.abort)
     try:
-        pieces = await while_connected(request.receive, _collect(generation))
+        pieces = await while_connected(request.receive, collect(generation))
         await generation.settle()
     finally:
         generation.abort()
@@ -65,7 +65,7 @@ async def respond(
     return json_response(answer | shape.around(pieces))
 
 
-async def _collect(generation: Generation) -> list[Piece]:
+async def collect(generation: Generation) -> list[Piece]:
     """Each choice in one piece, in order."""
     found: dict[int, list[Piece]] = {}
     async for piece in generation.pieces():

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from deltaserve.server.generate import Piece
 from deltaserve.server.logprobs import answer_ids, of_completion, of_prompt
-from deltaserve.server.prompts import beside, completion_prompts
+from deltaserve.server.prompts import beside, text_prompts
 from deltaserve.server.protocol import CompletionRequest
 from deltaserve.server.requests import Service, check_prompt, read_request
 from deltaserve.server.respond import respond
@@ -65,7 +65,9 @@ def completions_router(service: Service) -> APIRouter:
     async def create_completion(request: Request) -> Response:
         body = await read_request(request, CompletionRequest)
         model = await service.model(request, body.model)
-        prompts = await beside(request, lambda: completion_prompts(body, model))
+        prompts = await beside(
+            request, lambda: text_prompts(body, body.prompt, model, body.max_tokens, "prompt")
+        )
         limits = [
             check_prompt(model, prompt, body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
             for prompt in prompts

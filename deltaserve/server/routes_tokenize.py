@@ -10,10 +10,10 @@ from fastapi import APIRouter, Request, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deltaserve.errors import RequestError
+from deltaserve.server.bodies import DetokenizeRequest, TokenizeChat, TokenizeText
 from deltaserve.server.errors import json_response
 from deltaserve.server.logprobs import token_text
 from deltaserve.server.prompts import beside
-from deltaserve.server.protocol import DetokenizeRequest, TokenizeChat, TokenizeText
 from deltaserve.server.requests import Service, read_either, read_request
 
 ALIASES = {"/tokenize": "/v1/tokenize", "/detokenize": "/v1/detokenize"}

@@ -41,7 +41,11 @@ def echo(request: EngineRequest) -> Iterable[TokenEvent]:
         )
     limit = sampling.max_tokens
     if limit == 0:
-        yield TokenEvent(request.request_id, (), FinishReason.LENGTH, prompt_logprobs=of_prompt)
+        vector = (3.0, 4.0 * len(request.prompt_ids)) if sampling.pooling else None
+        yield TokenEvent(
+            request.request_id, (), FinishReason.LENGTH,
+            prompt_logprobs=of_prompt, embedding=vector,
+        )  # fmt: skip
     answer = [*request.prompt_ids, min(request.sampling.stop_token_ids)]
     for count, token in enumerate(answer[:limit], start=1):
         reason = None
@@ -95,7 +99,7 @@ class FakeEngine:
         self.aborted.append(request_id)
 
     def stats(self) -> EngineStats:
-        return EngineStats(*[0] * 11)
+        return EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
     def alive(self) -> bool:
         return not self.dead

@@ -22,11 +22,13 @@ from deltaserve.server.app import create_app
 from deltaserve.server.tokenizers import Tokenizers
 
 TOKENIZE, DETOKENIZE = "/v1/tokenize", "/v1/detokenize"
+EMBEDDINGS = "/v1/embeddings"
 KNOWN = {
     COMPLETIONS: COMPLETION,
     CHAT: CONVERSATION,
     TOKENIZE: {"prompt": "x"},
     DETOKENIZE: {"tokens": [5]},
+    EMBEDDINGS: {"model": "base", "input": "x"},
 }
 FUZZ = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
