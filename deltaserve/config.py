@@ -31,6 +31,9 @@ SERVER_KNOBS = (
     "tenants",
     "state_dir",
     "delta_roots",
+    "tool_call_parser",
+    "request_timeout_s",
+    "max_body_bytes",
 )
 
 KEY_KNOBS = ("api_key", "admin_key")
@@ -39,6 +42,9 @@ KEY_KNOBS = ("api_key", "admin_key")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 SchedulingPolicy = Literal["fcfs", "priority", "vtc"]
+
+
+ToolCallParser = Literal["auto", "hermes", "llama3_json", "mistral"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +155,12 @@ class ServerConfig:
     step is one sign of life: make it longer than the longest step."""
     drain_timeout_s: float = 10.0
     """What requests in flight may still take when the server is told to stop."""
+    tool_call_parser: ToolCallParser = "auto"
+    """How the models write calls of tools; "auto" is as each one's chat template shows."""
+    request_timeout_s: float = 600.0
+    """What a request may take from its first byte to the end of its answer."""
+    max_body_bytes: int = 8 * 2**20
+    """Larger requests are refused."""
     api_key_sha256: bytes | None = field(default=None, repr=False)
     """Digest of the key that /v1 asks for (the knob ``api_key``); the key itself is not kept.
     For a single user: where there are tenants, each has its own."""
@@ -167,8 +179,9 @@ class ServerConfig:
             raise ConfigError(f"port is {self.port}, but must be between 0 and 65535")
         if not self.host:
             raise ConfigError("host is empty: name an address, such as 127.0.0.1")
-        for name in ("engine_hang_s", "drain_timeout_s"):
+        for name in ("engine_hang_s", "drain_timeout_s", "request_timeout_s"):
             _require_duration(name, getattr(self, name))
+        _require_positive("max_body_bytes", self.max_body_bytes)
         if self.managed and self.state_dir is None:
             raise ConfigError("tenants and admin_key need state_dir: name a directory to keep")
         if self.state_dir is not None and not self.managed:

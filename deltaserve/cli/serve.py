@@ -79,6 +79,24 @@ DeltaRoots = Annotated[
         "--delta-root", metavar="DIR", help="Deltas may be loaded from here at run time. Repeat it."
     ),
 ]
+RequestTimeout = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds that a request may take until its answer has ended. "
+        f"(default: {ServerConfig.request_timeout_s:g})"
+    ),
+]
+MaxBody = Annotated[
+    int | None,
+    typer.Option(help=f"Bytes of the largest request. (default: {ServerConfig.max_body_bytes})"),
+]
+ToolCallParser = Annotated[
+    str | None,
+    typer.Option(
+        help="Format of the models' tool calls: hermes, llama3_json, mistral, or auto, as each "
+        f"chat template shows. (default: {ServerConfig.tool_call_parser})"
+    ),
+]
 Name = Annotated[
     str | None,
     typer.Option(help="Name of the base in the API. (default: last part of BASE)"),
@@ -192,6 +210,9 @@ def run(
     engine_process: EngineProcess = None,
     engine_hang_s: EngineHang = None,
     drain_timeout_s: DrainTimeout = None,
+    request_timeout_s: RequestTimeout = None,
+    max_body_bytes: MaxBody = None,
+    tool_call_parser: ToolCallParser = None,
     served_model_name: Name = None,
     dtype: Dtype = None,
     device: Device = None,

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from deltaserve import __version__
 from deltaserve.config import ServerConfig
 from deltaserve.engine.client import EngineClient
 from deltaserve.errors import DeltaServeError
@@ -18,6 +19,7 @@ from deltaserve.server.errors import GenerationError, error_response
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.middleware import RequestContext
 from deltaserve.server.office import Office
+from deltaserve.server.openapi import add_schema
 from deltaserve.server.requests import Service
 from deltaserve.server.routes_chat import chat_router
 from deltaserve.server.routes_completions import completions_router
@@ -25,6 +27,7 @@ from deltaserve.server.routes_deltas import deltas_router
 from deltaserve.server.routes_health import health_router
 from deltaserve.server.routes_models import models_router
 from deltaserve.server.routes_tenants import tenants_router
+from deltaserve.server.routes_tokenize import Aliases, tokenize_router
 from deltaserve.server.routes_usage import metrics_router, usage_router
 from deltaserve.server.tokenizers import Tokenizers
 
@@ -39,20 +42,24 @@ def create_app(
     """The endpoint. The caller starts and closes the engine and the office.
 
     Args:
-        tokenizers: with those of ``client.models()``.
+        tokenizers: of the same models; others follow when they are asked for.
         drain: for who wants to end it without cutting answers off.
         office: of a configuration with tenants.
     """
     assert (office is not None) == config.managed
     drain = drain or Drain()
     metrics = Metrics(client)
-    # No schema pages: they would load scripts from elsewhere, and bodies are read by hand.
-    app = FastAPI(openapi_url=None, redirect_slashes=False)
-    service = Service(client, tokenizers, metrics, office)
+    app = FastAPI(
+        title="DeltaServe", version=__version__, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
+    )  # fmt: skip
+    app.state.config = config
+    service = Service(client, tokenizers, config, metrics, office)
     app.include_router(models_router(service, int(time.time())))
     app.include_router(health_router(client, drain))
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
+    app.include_router(tokenize_router(service))
     app.include_router(metrics_router(metrics))
     if office is not None:
         app.include_router(usage_router(office.usage))
@@ -60,6 +67,7 @@ def create_app(
             deltas = Deltas(client, office.registry, office.sources, tokenizers)
             app.include_router(deltas_router(deltas, office.accounts))
             app.include_router(tenants_router(office.accounts))
+    add_schema(app)
 
     async def on_error(request: Request, error: Exception) -> Response:
         caller = caller_of(request)
@@ -75,5 +83,6 @@ def create_app(
         )
     elif config.api_key_sha256 is not None:
         app.add_middleware(SingleKey, sha256=config.api_key_sha256)
-    app.add_middleware(RequestContext)  # added last, so outermost
+    app.add_middleware(RequestContext)
+    app.add_middleware(Aliases)  # added last, so outermost
     return app

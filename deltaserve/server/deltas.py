@@ -108,7 +108,7 @@ class Deltas:
             with suppress(UnknownModelError):  # its load had failed
                 await self._client.unload_delta(name)
             await asyncio.to_thread(self._registry.remove, self._base, name)
-            self._tokenizers.forget(name)
+            self._tokenizers.keep(self._client.models())
 
     async def remove_version(self, name: str, number: int) -> dict[str, Any]:
         """Forget a version that is not current. Raises NotFoundError, ConflictError."""
@@ -144,7 +144,7 @@ class Deltas:
     async def _load(self, name: str, version: Version) -> dict[str, Any]:
         delta = await asyncio.to_thread(self._registry.delta, self._base, name)
         try:
-            await asyncio.to_thread(self._tokenizers.load, name, version.path, version.digest)
+            await asyncio.to_thread(self._tokenizers.prepare, name, version.path, version.digest)
             info = await self._client.load_delta(name, version.path, delta.pinned)
             if info.digest != version.digest:
                 await self._client.unload_delta(name)
@@ -160,7 +160,7 @@ class Deltas:
                 with suppress(UnknownModelError):
                     await self._client.unload_delta(name)
             raise RequestError(str(error), param="path") from error
-        self._tokenizers.forget(name, but=version.digest)
+        self._tokenizers.keep(self._client.models())
         return self._describe(
             await asyncio.to_thread(self._registry.activate, self._base, name, version.number)
         )

@@ -68,8 +68,10 @@ class StopStrings:
     Text that may be the beginning of a stop string is held back until that is decided.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, keep: bool = False) -> None:
+        """keep: cut behind it instead."""
         self._stops = stops
+        self._keep = keep
         self._longest = max(map(len, stops), default=0)
         self._held = ""
         self.hit = False
@@ -83,7 +85,8 @@ class StopStrings:
         if ends:
             self.hit = True
             self._held = ""
-            return text[: min(ends)[1]]
+            end, start = min(ends)
+            return text[: end if self._keep else start]
         cut = len(text) - self._undecided(text)
         self._held = text[cut:]
         return text[:cut]
@@ -114,10 +117,18 @@ class Token:
 class TextStream:
     """The visible text of one choice: detokenised, cut at stop strings."""
 
-    def __init__(self, decoder: Decoder, stops: Sequence[str], *, track: bool = False) -> None:
-        """track: remember the tokens behind the text, for ``take``."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        stops: Sequence[str],
+        *,
+        keep_stop: bool = False,
+        track: bool = False,
+    ) -> None:
+        """keep_stop: the stop string is part of the text. track: remember the tokens behind the
+        text, for ``take``."""
         self._detokenizer = Detokenizer(decoder)
-        self._stops = StopStrings(stops)
+        self._stops = StopStrings(stops, keep=keep_stop)
         self._track = track
         self._tokens: deque[Token] = deque()
         self._length = 0  # of all text so far

@@ -19,7 +19,7 @@ from deltaserve.engine.types import (
 from deltaserve.errors import EngineDeadError
 from deltaserve.server.billing import Bill, Used
 from deltaserve.server.detokenize import Decoder, TextStream, Token
-from deltaserve.server.errors import GenerationError
+from deltaserve.server.errors import ApiError, GenerationError
 from deltaserve.server.metrics import Metrics
 
 T = TypeVar("T")
@@ -58,6 +58,7 @@ class Choice:
     text: TextStream
     echo: bool
     """The prompt is still to be repeated."""
+    keep_stop: bool
     num_cached: int = 0
 
 
@@ -66,25 +67,27 @@ class Generation:
 
     def __init__(
         self, client: EngineClient, decoder: Decoder, stops: Sequence[str], n: int,
-        requests: Sequence[EngineRequest], *, metrics: Metrics, bill: Bill | None = None,
-        echo: bool = False, track: bool = False,
+        requests: Sequence[EngineRequest], *, metrics: Metrics, timeout_s: float,
+        bill: Bill | None = None, echo: bool = False, keep_stop: bool = False, track: bool = False,
     ) -> None:  # fmt: skip
         """``requests``: one for each prompt; ``n`` choices are made of each.
 
-        bill: of the tenant, if there is one. echo: texts begin with the prompt. track: pieces
-        tell their tokens.
+        bill: of the tenant, if there is one. echo: texts begin with the prompt. keep_stop: what
+        ended an answer is part of its text. track: pieces tell their tokens.
         """
         self._client = client
         self._n = n
         self._metrics = metrics
         self._bill = bill
         self._failed = False
+        self._timeout_s = timeout_s
         self._choices = [
             Choice(
                 index,
                 _variant(requests[index // n], index, index % n),
-                TextStream(decoder, stops, track=track),
+                TextStream(decoder, stops, keep_stop=keep_stop, track=track),
                 echo,
+                keep_stop,
             )
             for index in range(n * len(requests))
         ]
@@ -103,13 +106,26 @@ class Generation:
             self.abort()
             raise
 
-    def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[Piece]:
         """The text of all choices as it comes.
 
         Raises:
             GenerationError, EngineDeadError: the engine failed.
+            ApiError: it took too long.
         """
-        return merge([self._follow(choice) for choice in self._choices])
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        stream = merge([self._follow(choice) for choice in self._choices])
+        while True:
+            try:
+                # Not around the yield: the time is the engine's, not that of a slow reader.
+                async with asyncio.timeout_at(deadline):
+                    piece = await anext(stream)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                message = f"the answer was not complete after {self._timeout_s:g} s"
+                raise ApiError(504, message, code="timeout") from None
+            yield piece
 
     async def settle(self) -> None:
         """Before the end of the answer is sent: record what it cost. Raises AccountingError."""
@@ -165,7 +181,8 @@ class Generation:
 def _piece(choice: Choice, event: TokenEvent) -> Piece:
     """Detokenise an event."""
     tokens, reason, logprobs = event.token_ids, event.finish_reason, event.logprobs
-    ending = reason is FinishReason.STOP and tokens and tokens[-1] in _stop_ids(choice)
+    stopped = reason is FinishReason.STOP and tokens and tokens[-1] in _stop_ids(choice)
+    ending = stopped and not choice.keep_stop
     text = ""
     if choice.echo:
         choice.echo = False

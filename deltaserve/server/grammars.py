@@ -9,6 +9,7 @@ from pydantic import Field
 
 from deltaserve.engine.types import Grammar
 from deltaserve.errors import RequestError
+from deltaserve.server import unsupported
 from deltaserve.server.strict import Strict, one_of
 
 MAX_CHOICES = 1024
@@ -55,6 +56,8 @@ class ResponseFormat(Strict):
 
 class StructuredOutputs(Strict):
     """vLLM's ``structured_outputs``."""
+
+    neutral = unsupported.STRUCTURED_OUTPUTS
 
     json_: Annotated[Schema | None, Field(alias="json")] = None
     regex: Text | None = None

@@ -1,17 +1,14 @@
-"""What clients may send. A field that would change the answer is obeyed or refused by name.
-
-Fields of OpenAI's API and of vLLM's that are not supported are still accepted with the value
-that has no effect, because many clients always send them.
-"""
+"""What clients may send. A field that would change the answer is obeyed or refused by name."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
 from deltaserve.engine.types import Grammar
 from deltaserve.errors import RequestError
+from deltaserve.server import unsupported
 from deltaserve.server.grammars import (
     Choices,
     ResponseFormat,
@@ -21,7 +18,9 @@ from deltaserve.server.grammars import (
     only_one,
     read,
 )
-from deltaserve.server.strict import Strict, one_of, refuse_extra
+from deltaserve.server.messages import ChatPrompt, Function, Tool
+from deltaserve.server.strict import Neutral, Strict, one_of
+from deltaserve.server.tools.forced import one_call, some_calls
 
 INT64_MAX = 2**63 - 1
 MAX_STOPS = 16
@@ -35,75 +34,30 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
-# Values without effect, besides null. A field that is neither here nor in a model is unknown.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "audio": (),
-    "bad_words": ([],),
-    "best_of": (1,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": ("none", "auto"),  # there are no functions to call
-    "functions": ([],),
-    "include_stop_str_in_output": (False,),
-    "kv_transfer_params": (),
-    "length_penalty": (1,),
-    "logits_processors": ([],),
-    "modalities": (["text"],),
-    "moderation": (),
-    "mm_processor_kwargs": (),
-    "parallel_tool_calls": (True, False),  # there are no tools
-    "prediction": (),
-    "prompt_cache_retention": (),
-    "reasoning_effort": ("none",),
-    "return_tokens_as_token_ids": (False,),
-    "service_tier": ("auto", "default"),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),  # there are no tools
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "verbosity": (),
-    "web_search_options": (),
-}
-MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "reasoning": (),
-    "reasoning_content": (),
-    "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
-STRUCTURED_OUTPUTS_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "disable_additional_properties": (False,),
-    "disable_any_whitespace": (False,),
-    "disable_fallback": (True, False),  # there is nothing to fall back to
-    "structural_tag": (),
-    "whitespace_pattern": (),
-}
-STREAM_OPTIONS_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "continuous_usage_stats": (False,),
-    "include_obfuscation": (False,),
-}
+
+class Body(Strict):
+    """What is sent to a route."""
+
+    def check(self) -> None:
+        """What no single field tells. Raises RequestError."""
+
+
+BodyT = TypeVar("BodyT", bound=Body)
 
 
 class StreamOptions(Strict):
+    neutral = unsupported.STREAM_OPTIONS
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: bool | None = None
+    """With include_usage: every chunk has the counts so far."""
 
 
-class GenerationRequest(Strict):
+class GenerationRequest(Body):
     """What completions and chat have in common."""
+
+    neutral = unsupported.GENERATION
+    instead = unsupported.INSTEAD
 
     model: str
     stream: bool | None = None
@@ -143,6 +97,11 @@ class GenerationRequest(Strict):
     guided_regex: Text | None = None
     guided_choice: Choices | None = None
     guided_grammar: Text | None = None
+    skip_special_tokens: bool | None = None
+    """False shows special tokens as text."""
+    include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT64_MAX)] | None = None
+    """Keep so many of the prompt's last tokens; -1 is as many as fit."""
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
     """Lower runs first."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
@@ -153,9 +112,30 @@ class GenerationRequest(Strict):
     prompt_cache_key: str | None = None
     metadata: dict[str, Any] | None = None
 
+    def check(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream=true", param="stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs are not sent with stream=true: ask without it, or use "
+                "/v1/completions with echo and logprobs",
+                param="prompt_logprobs",
+            )
+        if self.truncate_prompt_tokens == 0:
+            raise RequestError(
+                "truncate_prompt_tokens is 0, but a prompt needs a token",
+                param="truncate_prompt_tokens",
+            )
+
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and bool(
+            self.stream_options and self.stream_options.continuous_usage_stats
+        )
 
     @property
     def include_usage(self) -> bool:
@@ -216,6 +196,14 @@ class CompletionRequest(GenerationRequest):
         # Without an answer it is the prompt's logprobs that the engine works for.
         return max(asked, default=0 if self.max_tokens == 0 else None)
 
+    def check(self) -> None:
+        super().check()
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise RequestError(
+                "max_tokens is 0: that needs echo or prompt_logprobs, or nothing would be answered",
+                param="max_tokens",
+            )
+
     @property
     def prompts(self) -> list[str | list[int]]:
         """The four forms as one: a list of prompts."""
@@ -224,32 +212,106 @@ class CompletionRequest(GenerationRequest):
         return [prompt] if single else prompt
 
 
-class TextPart(Strict):
-    type: str
-    text: str | None = None
+class FunctionChoice(Strict):
+    name: str
 
 
-class Message(Strict):
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: Annotated[str | list[TextPart] | None, one_of("a text or a list of text parts")] = None
-    name: str | None = None
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: FunctionChoice
 
 
-class ChatRequest(GenerationRequest):
-    messages: Annotated[list[Message], Field(min_length=1)]
+class ChatRequest(GenerationRequest, ChatPrompt):
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | NamedTool | None,
+        one_of("none, auto, required, or the name of a function as OpenAI writes it"),
+    ] = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def num_logprobs(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
 
+    @property
+    def shown_tools(self) -> list[Tool]:
+        return [] if self.tool_choice == "none" else self.tools or []
 
-RequestT = TypeVar("RequestT", bound=GenerationRequest)
+    @property
+    def several_calls(self) -> bool:
+        return self.parallel_tool_calls is not False
+
+    @property
+    def named_tool(self) -> Function | None:
+        """The function that must be called. Raises RequestError: there is no such."""
+        if not isinstance(self.tool_choice, NamedTool):
+            return None
+        name = self.tool_choice.function.name
+        found = [tool.function for tool in self.tools or () if tool.function.name == name]
+        if not found:
+            raise RequestError(f"tools has no function {name!r}", param="tool_choice")
+        return found[0]
+
+    def grammar(self) -> tuple[str, Grammar] | None:
+        asked = super().grammar()
+        if (named := self.named_tool) is not None:
+            forced = one_call(named)
+        elif self.tool_choice == "required":
+            functions = [tool.function for tool in self.tools or ()]
+            forced = some_calls(functions, several=self.several_calls)
+        else:
+            return asked
+        if asked is not None or self.allowed_token_ids is not None:
+            other = "allowed_token_ids" if asked is None else asked[0]
+            raise RequestError(
+                f"{other} and a tool_choice that forces a call exclude each other: send one",
+                param="tool_choice",
+            )
+        return "tools", forced
+
+    def check(self) -> None:
+        super().check()
+        self.check_prompt()
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise RequestError("tool_choice needs tools", param="tool_choice")
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise RequestError(
+                "max_tokens and max_completion_tokens differ: send one of them", param="max_tokens"
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
 
 
-def parse(model: type[RequestT], body: bytes) -> RequestT:
+class TokenizeText(Body):
+    """vLLM's /tokenize of a text."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizeChat(Body, ChatPrompt):
+    """vLLM's /tokenize of a conversation."""
+
+    neutral: ClassVar[Neutral] = {"chat_template": (), "mm_processor_kwargs": ()}
+
+    model: str | None = None
+    return_token_strs: bool | None = None
+
+    def check(self) -> None:
+        self.check_prompt()
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+def parse(model: type[BodyT], body: bytes) -> BodyT:
     """Read a request.
 
     Raises:
@@ -259,61 +321,9 @@ def parse(model: type[RequestT], body: bytes) -> RequestT:
         request = model.model_validate_json(body)
     except ValidationError as error:
         raise _explain(error) from None
-    refuse_extra(request, NEUTRAL)
-    if request.stream_options is not None:
-        if not request.stream:
-            raise RequestError("stream_options needs stream=true", param="stream_options")
-        refuse_extra(request.stream_options, STREAM_OPTIONS_NEUTRAL, "stream_options.")
-    if request.response_format is not None:
-        refuse_extra(request.response_format, {}, "response_format.")
-        if request.response_format.json_schema is not None:
-            refuse_extra(request.response_format.json_schema, {}, "response_format.json_schema.")
-    if request.structured_outputs is not None:
-        refuse_extra(request.structured_outputs, STRUCTURED_OUTPUTS_NEUTRAL, "structured_outputs.")
-    if request.stream and request.prompt_logprobs is not None:
-        raise RequestError(
-            "prompt_logprobs are not sent with stream=true: ask without it, or use "
-            "/v1/completions with echo and logprobs",
-            param="prompt_logprobs",
-        )
-    if isinstance(request, ChatRequest):
-        _check_chat(request)
-    elif isinstance(request, CompletionRequest):
-        _check_completion(request)
+    request.check()
+    request.refuse_extra()
     return request
-
-
-def _check_completion(request: CompletionRequest) -> None:
-    if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
-        raise RequestError(
-            "max_tokens is 0: that needs echo or prompt_logprobs, or nothing would be answered",
-            param="max_tokens",
-        )
-
-
-def _check_chat(request: ChatRequest) -> None:
-    for index, message in enumerate(request.messages):
-        where = f"messages.{index}."
-        refuse_extra(message, MESSAGE_NEUTRAL, where)
-        if message.role in ("tool", "function"):
-            raise RequestError(
-                f"messages of role {message.role!r} are not supported", param=f"{where}role"
-            )
-        for part in message.content if isinstance(message.content, list) else ():
-            if part.type != "text" or part.text is None:
-                raise RequestError(
-                    "only content parts of type 'text' are supported", param=f"{where}content"
-                )
-            refuse_extra(part, {}, f"{where}content.")
-        if message.content is None and message.role != "assistant":
-            raise RequestError(f"{where}content is missing", param=f"{where}content")
-    both = (request.max_tokens, request.max_completion_tokens)
-    if None not in both and both[0] != both[1]:
-        raise RequestError(
-            "max_tokens and max_completion_tokens differ: send one of them", param="max_tokens"
-        )
-    if request.top_logprobs and not request.logprobs:
-        raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
 
 
 def _explain(error: ValidationError) -> RequestError:

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from deltaserve import __version__
+from deltaserve.config import ServerConfig
 from deltaserve.engine.client import EngineClient
 from deltaserve.engine.grammar import check_grammar
 from deltaserve.engine.types import EngineRequest, ModelInfo, SamplingParams
-from deltaserve.errors import RequestError, UnknownModelError
+from deltaserve.errors import CheckpointError, RequestError, UnknownModelError
 from deltaserve.server.auth import caller_of
 from deltaserve.server.billing import Bill, open_bill
 from deltaserve.server.errors import ApiError
 from deltaserve.server.generate import Generation
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.office import Office
-from deltaserve.server.protocol import CompletionRequest, GenerationRequest, RequestT, parse
+from deltaserve.server.protocol import Body, BodyT, CompletionRequest, GenerationRequest, parse
 from deltaserve.server.sse import ClientGoneError
 from deltaserve.server.tokenizers import ModelTokenizer, Tokenizers
 
-MAX_BODY_BYTES = 8 * 2**20
+OtherT = TypeVar("OtherT", bound=Body)
+
+logger = logging.getLogger("deltaserve.server")
+
 MAX_CHOICES = 2048
 """Prompts times n in one HTTP request."""
 MIN_TEMPERATURE = 1e-5
@@ -50,38 +55,36 @@ class ServedModel:
 
 
 class Service:
-    """What the routes share: the engine, the models that it serves, and who pays."""
+    """What the routes share: the engine, the models that it serves now, and who pays."""
 
     def __init__(
         self,
         client: EngineClient,
         tokenizers: Tokenizers,
+        config: ServerConfig,
         metrics: Metrics,
         office: Office | None = None,
     ) -> None:
         """``office``: None where there are no tenants."""
         self.client = client
+        self.config = config
         self.metrics = metrics
         self._tokenizers = tokenizers
         self._office = office
 
-    def models(self, request: Request) -> dict[str, ServedModel]:
-        """What the caller may use, by name. Others do not exist for him."""
+    def models(self, request: Request) -> dict[str, ModelInfo]:
+        """What the caller may name, whether it is loaded or not. Others do not exist for him."""
         caller = caller_of(request)
         return {
-            info.name: ServedModel(info, tokenizer, self.client.max_model_len)
+            info.name: info
             for info in self.client.models()
-            if info.state != "draining"
-            and (caller is None or caller.allows(info.name))
-            and (tokenizer := self._tokenizers.of(info)) is not None
+            if info.state != "draining" and (caller is None or caller.allows(info.name))
         }
 
-    def model(self, request: Request, name: str) -> ServedModel:
-        """Raises UnknownModelError, ApiError: it exists, but could not be loaded."""
+    def info(self, request: Request, name: str) -> ModelInfo:
+        """Raises UnknownModelError."""
         models = self.models(request)
         if name in models:
-            if models[name].info.state == "error":
-                raise ApiError(503, f"{name} cannot be served: it could not be loaded")
             return models[name]
         some = ", ".join(list(models)[:MODELS_IN_MESSAGE])
         more = len(models) - MODELS_IN_MESSAGE
@@ -91,6 +94,46 @@ class Service:
             param="model",
         )
 
+    def default(self, request: Request) -> str:
+        """The model of requests that need not name one: the first that the caller may use.
+
+        Raises UnknownModelError: there is none.
+        """
+        for name in self.models(request):
+            return name
+        raise UnknownModelError("There is no model that you may use.", param="model")
+
+    async def model(self, request: Request, name: str) -> ServedModel:
+        """The present version, with its own tokenizer.
+
+        Raises:
+            UnknownModelError: there is none.
+            ApiError: it cannot be served (HTTP 503).
+        """
+        while True:
+            info = self.info(request, name)
+            if info.state == "error":
+                reason = "it could not be loaded"
+                if caller_of(request) is None:  # of the machine behind it tenants learn nothing
+                    reason = (info.error or "").replace(info.path, "its directory")
+                raise ApiError(503, f"{name} cannot be served: {reason}", code="model_unavailable")
+            tokenizer = self._tokenizers.find(info)
+            if tokenizer is not None:
+                return ServedModel(info, tokenizer, self.client.max_model_len)
+            await self._load_tokenizer(info)  # meanwhile another version may have come
+
+    async def _load_tokenizer(self, info: ModelInfo) -> None:
+        try:
+            await asyncio.to_thread(self._tokenizers.of, info)
+        except CheckpointError as error:
+            logger.error("%s has no tokenizer: %s", info.name, error)
+            raise ApiError(
+                503,
+                f"{info.name} cannot be served: its tokenizer is missing or damaged",
+                code="model_unavailable",
+            ) from error
+        self._tokenizers.keep([info, *self.client.models()])
+
     def generation(
         self,
         request: Request,
@@ -99,12 +142,23 @@ class Service:
         model: ServedModel,
         prompts: Sequence[Sequence[int]],
         max_tokens: Sequence[int],
+        markers: Sequence[str] = (),
     ) -> Generation:
         """The engine requests for ``prompts``, queued.
 
-        Raises what ``submit`` raises; LimitError.
+        markers: special tokens that show in the text. Raises what ``submit`` raises; ApiError,
+        LimitError.
         """
+        self._require_same(request, model)
+        if body.priority and self.config.engine.scheduling_policy == "fcfs":
+            raise RequestError(
+                "priority has no effect here: the server runs requests in the order in which "
+                "they come (scheduling_policy is fcfs)",
+                param="priority",
+            )
         terms = self._terms(request, body)
+        tokenizer = model.tokenizer
+        show_all = body.skip_special_tokens is False
         requests = [
             EngineRequest(
                 f"{request_id}-{index}",
@@ -117,11 +171,13 @@ class Service:
         ]
         generation = Generation(
             self.client,
-            model.tokenizer,
+            tokenizer.showing_all() if show_all else tokenizer.showing(markers),
             body.stops,
             body.n or 1,
             requests,
             echo=isinstance(body, CompletionRequest) and bool(body.echo),
+            timeout_s=self.config.request_timeout_s,
+            keep_stop=bool(body.include_stop_str_in_output),
             track=body.num_logprobs is not None or bool(body.return_token_ids),
             metrics=self.metrics,
             bill=self._bill(request, body, model, prompts, max_tokens),
@@ -154,8 +210,19 @@ class Service:
         most = sum(map(len, prompts)) + (body.n or 1) * sum(max_tokens)
         return open_bill(request, self._office.usage, model.info, body.user, most)
 
+    def _require_same(self, request: Request, model: ServedModel) -> None:
+        """Token ids of one version mean something else to another that has its own tokenizer."""
+        info = self.info(request, model.info.name)
+        if info.digest != model.info.digest:
+            raise ApiError(
+                503,
+                f"{info.name} was replaced by another version while this request was read: "
+                "send it again",
+                code="model_replaced",
+            )
 
-async def read_request(request: Request, model: type[RequestT]) -> RequestT:
+
+async def read_request(request: Request, model: type[BodyT]) -> BodyT:
     """Read and check a body.
 
     Raises:
@@ -163,7 +230,7 @@ async def read_request(request: Request, model: type[RequestT]) -> RequestT:
         ClientGoneError: the client went away while it was sending.
     """
     body = parse(model, await _read_json(request))
-    if (asked := body.grammar()) is not None:
+    if isinstance(body, GenerationRequest) and (asked := body.grammar()) is not None:
         field, grammar = asked
         try:
             await asyncio.to_thread(check_grammar, grammar)
@@ -183,6 +250,19 @@ async def read_object(request: Request) -> dict[str, Any]:
     return content
 
 
+async def read_either(
+    request: Request, model: type[BodyT], other: type[OtherT], field: str
+) -> BodyT | OtherT:
+    """A body of one of two kinds: of the first, if it has ``field``."""
+    body = await _read_json(request)
+    try:
+        content = from_json(body)
+    except ValueError:
+        content = None  # ``parse`` says what is wrong
+    chosen: type[Any] = model if isinstance(content, dict) and field in content else other
+    return cast("BodyT | OtherT", parse(chosen, body))
+
+
 async def _read_json(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # also keeps foreign web pages from posting unasked
@@ -191,18 +271,22 @@ async def _read_json(request: Request) -> bytes:
 
 
 async def _read_body(request: Request) -> bytes:
-    body = bytearray()
-    too_large = int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES
+    config: ServerConfig = request.app.state.config
+    body, limit, seconds = bytearray(), config.max_body_bytes, config.request_timeout_s
+    too_large = int(request.headers.get("content-length", 0)) > limit
     try:
-        if not too_large:
-            async for chunk in request.stream():
-                body += chunk
-                if too_large := len(body) > MAX_BODY_BYTES:
-                    break
+        async with asyncio.timeout(seconds):
+            if not too_large:
+                async for chunk in request.stream():
+                    body += chunk
+                    if too_large := len(body) > limit:
+                        break
     except ClientDisconnect:
         raise ClientGoneError from None
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come within {seconds:g} s") from None
     if too_large:
-        raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+        raise ApiError(413, f"the body is larger than {limit} bytes")
     return bytes(body)
 
 

@@ -53,7 +53,7 @@ async def respond(
         "system_fingerprint": model.fingerprint,
     }
     if body.stream:
-        events = _events(generation, shape, envelope, body.include_usage)
+        events = _events(generation, shape, envelope, body)
         return EventStream(events, on_close=generation.abort)
     try:
         pieces = await while_connected(request.receive, _collect(generation))
@@ -74,18 +74,20 @@ async def _collect(generation: Generation) -> list[Piece]:
 
 
 async def _events(
-    generation: Generation, shape: Shape, envelope: dict[str, Any], include_usage: bool
+    generation: Generation, shape: Shape, envelope: dict[str, Any], body: GenerationRequest
 ) -> AsyncIterator[str]:
     # OpenAI: with include_usage every chunk has the field, null but in the last.
-    extra: dict[str, Any] = {"usage": None} if include_usage else {}
+    extra: dict[str, Any] = {"usage": None} if body.include_usage else {}
     around = shape.around([])  # with the first chunk
     begun: set[int] = set()
     async for piece in generation.pieces():
+        if body.continuous_usage:
+            extra = {"usage": generation.usage()}
         for choice in shape.parts(piece, first=piece.index not in begun):
             yield event({**envelope, "choices": [choice], **extra, **around})
             around = {}
         begun.add(piece.index)
-    if include_usage:
+    if body.include_usage:
         yield event({**envelope, "choices": [], "usage": generation.usage()})
     await generation.settle()
     yield DONE

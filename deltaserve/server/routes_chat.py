@@ -2,72 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
-from deltaserve.engine.types import FinishReason
 from deltaserve.errors import RequestError
-from deltaserve.server.generate import Piece
-from deltaserve.server.logprobs import answer_ids, of_chat, of_prompt
-from deltaserve.server.protocol import ChatRequest, Message
-from deltaserve.server.requests import Service, check_prompt, read_request
+from deltaserve.server.chat import ChatShape
+from deltaserve.server.prompts import beside, chat_prompt
+from deltaserve.server.protocol import ChatRequest
+from deltaserve.server.requests import ServedModel, Service, check_prompt, read_request
 from deltaserve.server.respond import respond
-from deltaserve.server.sse import while_connected
-from deltaserve.server.tokenizers import ModelTokenizer
-
-
-class ChatShape:
-    kind = "chat.completion"
-    chunk_kind = "chat.completion.chunk"
-
-    def __init__(self, body: ChatRequest, prompt: list[int], tokenizer: ModelTokenizer) -> None:
-        self._body = body
-        self._prompt = prompt
-        self._tokenizer = tokenizer
-
-    def whole(self, piece: Piece) -> dict[str, Any]:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
-        return {
-            "index": piece.index,
-            "message": message,
-            "logprobs": None,
-            "finish_reason": piece.finish_reason,
-            **self._tokens(piece),
-        }
-
-    def around(self, pieces: list[Piece]) -> dict[str, Any]:
-        said: dict[str, Any] = {}
-        if self._body.return_token_ids:
-            said["prompt_token_ids"] = self._prompt
-        if self._body.prompt_logprobs is not None:
-            found = pieces[0].prompt_logprobs or ()
-            said["prompt_logprobs"] = of_prompt(found, self._body.prompt_logprobs, self._tokenizer)
-        return said
-
-    def parts(self, piece: Piece, first: bool) -> Iterator[dict[str, Any]]:
-        """The role comes before the text, the reason after it, each in a chunk of its own."""
-        if first:
-            yield _part(piece.index, {"role": "assistant", "content": ""})
-        if piece.text or piece.tokens:
-            yield _part(piece.index, {"content": piece.text}) | self._tokens(piece)
-        if piece.finish_reason is not None:
-            yield _part(piece.index, {}, piece.finish_reason)
-
-    def _tokens(self, piece: Piece) -> dict[str, Any]:
-        """What a choice says of its tokens."""
-        said: dict[str, Any] = {}
-        if self._body.num_logprobs is not None:
-            said["logprobs"] = of_chat(piece.tokens, self._body.num_logprobs, self._tokenizer)
-        if self._body.return_token_ids:
-            said["token_ids"] = answer_ids(piece.tokens)
-        return said
-
-
-def _part(index: int, delta: dict[str, str], reason: FinishReason | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+from deltaserve.server.tools.choose import PARSERS
+from deltaserve.server.tools.events import ToolParser
+from deltaserve.server.tools.forced import ForcedCall, ForcedCalls
 
 
 def chat_router(service: Service) -> APIRouter:
@@ -76,31 +24,37 @@ def chat_router(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def create_chat_completion(request: Request) -> Response:
         body = await read_request(request, ChatRequest)
-        model = service.model(request, body.model)
-        if not model.tokenizer.has_chat_template:
-            raise RequestError(
-                f"{model.info.name} has no chat template: use /v1/completions, or add "
-                "chat_template.jinja to the model and compress it again",
-                param="model",
-            )
-        messages = [_plain(message) for message in body.messages]
-        prompt = await while_connected(
-            request.receive, asyncio.to_thread(model.tokenizer.encode_chat, messages)
-        )
+        model = await service.model(request, body.model)
+        make_parser = _parser(body, model, service.config.tool_call_parser)
+        prompt = await beside(request, lambda: chat_prompt(body, model))
         asked = body.max_completion_tokens or body.max_tokens
         limit = check_prompt(model, prompt, asked, None, "messages")
         response_id = f"chatcmpl-{request.state.request_id}"
-        generation = service.generation(request, response_id, body, model, [prompt], [limit])
-        shape = ChatShape(body, prompt, model.tokenizer)
+        markers = make_parser().markers if make_parser else ()
+        generation = service.generation(
+            request, response_id, body, model, [prompt], [limit], markers
+        )
+        shape = ChatShape(body, prompt, model.tokenizer, make_parser)
         return await respond(request, body, model, generation, shape, response_id)
 
     return router
 
 
-def _plain(message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it: one text."""
-    content = message.content or ""
-    if isinstance(content, list):
-        content = "\n".join(part.text or "" for part in content)
-    plain = {"role": message.role, "content": content}
-    return plain | ({"name": message.name} if message.name is not None else {})
+def _parser(
+    body: ChatRequest, model: ServedModel, configured: str
+) -> Callable[[], ToolParser] | None:
+    """How calls are found in the answer. Raises RequestError: nobody knows."""
+    if not body.shown_tools:
+        return None
+    if (named := body.named_tool) is not None:
+        return partial(ForcedCall, named.name)
+    if body.tool_choice == "required":
+        return ForcedCalls
+    name = model.tokenizer.tool_format if configured == "auto" else configured
+    if name is None:
+        raise RequestError(
+            f"the chat template of {model.info.name} does not show how it calls tools: send "
+            "tool_choice=required, or have the server started with --tool-call-parser",
+            param="tools",
+        )
+    return PARSERS[name]

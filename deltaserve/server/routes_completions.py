@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from deltaserve.errors import RequestError
 from deltaserve.server.generate import Piece
 from deltaserve.server.logprobs import answer_ids, of_completion, of_prompt
+from deltaserve.server.prompts import beside, completion_prompts
 from deltaserve.server.protocol import CompletionRequest
-from deltaserve.server.requests import Service, check_choices, check_prompt, read_request
+from deltaserve.server.requests import Service, check_prompt, read_request
 from deltaserve.server.respond import respond
-from deltaserve.server.sse import while_connected
 from deltaserve.server.tokenizers import ModelTokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -66,10 +64,8 @@ def completions_router(service: Service) -> APIRouter:
     @router.post("/v1/completions")
     async def create_completion(request: Request) -> Response:
         body = await read_request(request, CompletionRequest)
-        model = service.model(request, body.model)
-        prompts = await while_connected(
-            request.receive, asyncio.to_thread(_encode, body, model.tokenizer)
-        )
+        model = await service.model(request, body.model)
+        prompts = await beside(request, lambda: completion_prompts(body, model))
         limits = [
             check_prompt(model, prompt, body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
             for prompt in prompts
@@ -80,13 +76,3 @@ def completions_router(service: Service) -> APIRouter:
         return await respond(request, body, model, generation, shape, response_id)
 
     return router
-
-
-def _encode(body: CompletionRequest, tokenizer: ModelTokenizer) -> list[list[int]]:
-    """The token ids of each prompt."""
-    prompts = body.prompts
-    check_choices(len(prompts), body.n)
-    if not prompts or "" in prompts:
-        raise RequestError("prompt is empty: it must hold at least one token", param="prompt")
-    special = body.add_special_tokens is not False
-    return [tokenizer.encode(p, special) if isinstance(p, str) else p for p in prompts]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import (
     BaseModel,
@@ -16,11 +17,46 @@ from pydantic_core import PydanticCustomError
 
 from deltaserve.errors import RequestError
 
+Neutral = Mapping[str, tuple[Any, ...]]
+
+
+def _as_it_is_judged(schema: dict[str, Any], model: type[Any]) -> None:
+    """Complete a JSON schema by what ``refuse_extra`` does with other fields."""
+    schema["additionalProperties"] = False
+    for name, values in model.neutral.items():
+        schema["properties"].setdefault(name, {"enum": [None, *values]})
+
 
 class Strict(BaseModel):
     """No conversions: "1" is not a number. Other fields are kept, for ``refuse_extra`` to judge."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, json_schema_extra=_as_it_is_judged
+    )
+
+    neutral: ClassVar[Neutral] = {}
+    """Fields that are not supported, and the values, besides null, with which they are accepted."""
+    instead: ClassVar[Mapping[str, str]] = {}
+    """What to send in place of such a field, where there is something."""
+
+    def refuse_extra(self, prefix: str = "") -> None:
+        """Raises RequestError for a field that is neither known nor neutral, here or deeper."""
+        for name, value in (self.model_extra or {}).items():
+            shown = prefix + (name if len(name) <= 100 else f"{name[:100]}…")
+            if name not in self.neutral:
+                raise RequestError(f"unknown field {shown}", param=shown)
+            if value is not None and not any(_same(value, other) for other in self.neutral[name]):
+                remedy = self.instead.get(name, "leave it out")
+                raise RequestError(
+                    f"{shown} is not supported by this server: {remedy}", param=shown
+                )
+        for field in self.model_fields_set & type(self).model_fields.keys():
+            name, value = type(self).model_fields[field].alias or field, getattr(self, field)
+            if isinstance(value, Strict):
+                value.refuse_extra(f"{prefix}{name}.")
+            for index, item in enumerate(value if isinstance(value, list) else ()):
+                if isinstance(item, Strict):
+                    item.refuse_extra(f"{prefix}{name}.{index}.")
 
 
 def one_of(expected: str) -> WrapValidator:
@@ -35,20 +71,6 @@ def one_of(expected: str) -> WrapValidator:
             ) from None
 
     return WrapValidator(validate)
-
-
-def refuse_extra(model: Strict, neutral: dict[str, tuple[Any, ...]], prefix: str = "") -> None:
-    """Raises RequestError for a field that the model does not have, unless its value is one of
-    the ``neutral`` ones."""
-    for name, value in (model.model_extra or {}).items():
-        if name not in neutral:
-            shown = name if len(name) <= 100 else f"{name[:100]}…"
-            raise RequestError(f"unknown field {prefix}{shown}", param=f"{prefix}{shown}")
-        if value is not None and not any(_same(value, other) for other in neutral[name]):
-            param = f"{prefix}{name}"
-            raise RequestError(
-                f"{param} is not supported by this server: leave it out", param=param
-            )
 
 
 def _same(value: Any, other: Any) -> bool:

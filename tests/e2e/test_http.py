@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -169,6 +170,56 @@ def test_structured_answers_of_mixed_models(client):
     assert set(found) <= {"yes", "no: 1"}
     with pytest.raises(openai.BadRequestError, match="guided_regex: not a usable regex"):
         client.completions.create(model="base", prompt="x", extra_body={"guided_regex": "("})
+
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {"unit": {"$ref": "#/$defs/Unit"}, "days": {"enum": [1, 2]}},
+    "required": ["unit", "days"],
+    "additionalProperties": False,
+    "$defs": {"Unit": {"enum": ["C", "F"]}},
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}},
+    {"type": "function", "function": {"name": "stop"}},
+]
+
+
+def check_call(function) -> None:
+    arguments = json.loads(function.arguments)
+    if function.name == "stop":
+        assert arguments == {}
+    else:
+        assert function.name == "weather"
+        assert set(arguments) == {"unit", "days"}
+        assert arguments["unit"] in ("C", "F")
+        assert arguments["days"] in (1, 2)
+
+
+@pytest.mark.parametrize("model", ["base", "alpha", "beta"])
+def test_forced_calls_match_the_schemas_of_the_tools(client, model):
+    ask = {"model": model, "messages": [{"role": "user", "content": "x"}], "tools": TOOLS,
+           "temperature": 1.2, "seed": 4, "max_completion_tokens": 150}  # fmt: skip
+    one = client.chat.completions.create(
+        **ask, tool_choice="required", parallel_tool_calls=False
+    ).choices[0]
+    assert (one.finish_reason, len(one.message.tool_calls)) == ("tool_calls", 1)
+    check_call(one.message.tool_calls[0].function)
+    named = {"type": "function", "function": {"name": "weather"}}
+    forced = client.chat.completions.create(**ask, tool_choice=named).choices[0]
+    assert (forced.finish_reason, forced.message.content) == ("tool_calls", None)
+    check_call(forced.message.tool_calls[0].function)
+    chunks = client.chat.completions.create(**ask, tool_choice=named, stream=True)
+    deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    streamed = "".join(delta.function.arguments for delta in deltas)
+    assert streamed == forced.message.tool_calls[0].function.arguments
+
+
+def test_tools_need_a_template_that_knows_them(client):
+    with pytest.raises(openai.BadRequestError, match="--tool-call-parser"):
+        client.chat.completions.create(
+            model="base", messages=[{"role": "user", "content": "x"}], tools=TOOLS
+        )
 
 
 def test_chat_uses_the_fine_tunes_own_template(client):

@@ -64,7 +64,7 @@ def all_tokenizers(served: list[ModelInfo]) -> Tokenizers:
 
 @pytest.fixture(scope="session")
 def tokenizers(served: list[ModelInfo], all_tokenizers: Tokenizers) -> dict[str, ModelTokenizer]:
-    return {info.name: tok for info in served if (tok := all_tokenizers.of(info))}
+    return {info.name: all_tokenizers.of(info) for info in served}
 
 
 @contextlib.contextmanager

@@ -59,13 +59,13 @@ def echo(request: EngineRequest) -> Iterable[TokenEvent]:
 class FakeEngine:
     """An EngineClient; ``script`` and ``pause`` (seconds before each event) are the test's."""
 
-    max_model_len = 200
-
     def __init__(self, models: list[ModelInfo]) -> None:
-        self._models = models
+        self._served = models
         self.reset()
 
     def reset(self) -> None:
+        self.infos = list(self._served)
+        self.max_model_len = 200
         self.script: Script = echo
         self.pause = 0.0
         self.dead = self.restarting = False
@@ -74,7 +74,7 @@ class FakeEngine:
         self.streaming: set[str] = set()
 
     def models(self) -> list[ModelInfo]:
-        return self._models
+        return self.infos
 
     def submit(self, request: EngineRequest) -> None:
         if self.dead:

@@ -11,7 +11,7 @@ from fake_engine import KEY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deltaserve.server.requests import MAX_BODY_BYTES
+from deltaserve.config import ServerConfig
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 COMPLETION = {"model": "base", "prompt": "hello"}
@@ -116,8 +116,8 @@ def test_fields_without_effect_are_accepted(http):
         ("messages.0.content", [{"role": "user", "content": 5}]),
         ("messages.0.content",
          [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
-        ("messages.0.role", [{"role": "tool", "content": "x", "tool_call_id": None}]),
-        ("messages.0.tool_calls", [{"role": "assistant", "tool_calls": [{"id": "1"}]}]),
+        ("messages.0.tool_call_id", [{"role": "tool", "content": "x", "tool_call_id": None}]),
+        ("messages.0.tool_calls.0.function", [{"role": "assistant", "tool_calls": [{"id": "1"}]}]),
         ("messages.0.mood", [{"role": "user", "content": "x", "mood": "bad"}]),
     ],
 )  # fmt: skip
@@ -195,7 +195,7 @@ def test_no_value_is_an_internal_error(http, path, field, value):
 
 
 def test_body_too_large(http):
-    large = json.dumps(COMPLETION | {"prompt": "x" * MAX_BODY_BYTES})
+    large = json.dumps(COMPLETION | {"prompt": "x" * ServerConfig.max_body_bytes})
     refused(post_raw(http, COMPLETIONS, large), 413)
     pieces = (large[i : i + 65536].encode() for i in range(0, len(large), 65536))
     refused(post_raw(http, COMPLETIONS, pieces), 413)

@@ -10,16 +10,15 @@ from tiny_tokenizer import byte_level_tokenizer
 
 from deltaserve.engine.types import ModelInfo
 from deltaserve.errors import CheckpointError
+from deltaserve.server.messages import ChatPrompt
 from deltaserve.server.tokenizers import ModelTokenizer, Tokenizers
 
-CHAT = [{"role": "user", "content": "x"}]
+CHAT = ChatPrompt.model_validate({"messages": [{"role": "user", "content": "x"}]})
 
 
 def load(base: Path, own: Path) -> ModelTokenizer:
     models = [ModelInfo("base", str(base), None, None), ModelInfo("own", str(own), "base", "d")]
-    tokenizer = Tokenizers(models).of(models[1])
-    assert tokenizer is not None
-    return tokenizer
+    return Tokenizers(models).of(models[1])
 
 
 @pytest.fixture

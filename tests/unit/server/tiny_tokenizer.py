@@ -11,9 +11,11 @@ LINES = [
     "naïve café — déjà vu, 你好世界 😀 🇨🇭",
 ]
 TEMPLATE = (
-    "{% for m in messages %}"
+    "{% if mood is defined %}[{{ mood }}]{% endif %}{% for m in messages %}"
     "{% if m.role == 'alien' %}{{ raise_exception('no aliens') }}{% endif %}"
-    "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{{ m.role }}: {{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}{% endfor %}"
+    "{{ '\\n' }}{% endfor %}{% if tools %}tools: {{ tools | tojson }}{{ '\\n' }}{% endif %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 

@@ -1,0 +1,76 @@
+"""POST /tokenize and /detokenize, in vLLM's shapes
+
+They cost the server work and show a model's template, so they live under /v1, behind the key and
+the limits; ``Aliases`` lets vLLM's clients find them.
+"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deltaserve.errors import RequestError
+from deltaserve.server.errors import json_response
+from deltaserve.server.logprobs import token_text
+from deltaserve.server.prompts import beside
+from deltaserve.server.protocol import DetokenizeRequest, TokenizeChat, TokenizeText
+from deltaserve.server.requests import Service, read_either, read_request
+
+ALIASES = {"/tokenize": "/v1/tokenize", "/detokenize": "/v1/detokenize"}
+
+
+class Aliases:
+    """Pure ASGI middleware, outside all others: a request is judged by its real path."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] in ALIASES:
+            scope = {**scope, "path": ALIASES[scope["path"]]}
+        await self._app(scope, receive, send)
+
+
+def tokenize_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/tokenize")
+    async def tokenize(request: Request) -> Response:
+        """A text (``prompt``) or a conversation (``messages``) as token ids."""
+        body = await read_either(request, TokenizeChat, TokenizeText, "messages")
+        model = await service.model(request, body.model or service.default(request))
+        tokenizer = model.tokenizer
+
+        def encode() -> list[int]:
+            if isinstance(body, TokenizeChat):
+                return tokenizer.encode_chat(body)
+            return tokenizer.encode(body.prompt, body.add_special_tokens is not False)
+
+        tokens = await beside(request, encode)
+        answer = {
+            "count": len(tokens),
+            "max_model_len": model.max_model_len,
+            "tokens": tokens,
+            "token_strs": None,
+        }
+        if body.return_token_strs:
+            answer["token_strs"] = [token_text(token, tokenizer) for token in tokens]
+        return json_response(answer)
+
+    @router.post("/v1/detokenize")
+    async def detokenize(request: Request) -> Response:
+        """Token ids as text, special tokens by their names."""
+        body = await read_request(request, DetokenizeRequest)
+        model = await service.model(request, body.model or service.default(request))
+        size = model.info.vocab_size
+        if wrong := [token for token in body.tokens if token >= size]:
+            raise RequestError(
+                f"tokens holds {wrong[0]}, but {model.info.name} has ids from 0 to {size - 1}",
+                param="tokens",
+            )
+        text = await beside(
+            request, lambda: model.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        )
+        return json_response({"prompt": text})
+
+    return router
