@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import socket
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-import uvicorn
 from fake_engine import KEY, FakeEngine
+from house import House, opened
+from serving import running
 from tiny_tokenizer import TEMPLATE, byte_level_tokenizer
 
 from deltaserve.config import EngineConfig, ServerConfig, hash_key
@@ -67,20 +65,6 @@ def tokenizers(served: list[ModelInfo], all_tokenizers: Tokenizers) -> dict[str,
     return {info.name: all_tokenizers.of(info) for info in served}
 
 
-@contextlib.contextmanager
-def running(app: object) -> Iterator[str]:
-    """Serve an application from a thread; gives its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-
-
 @pytest.fixture(scope="session")
 def _engine(served: list[ModelInfo]) -> FakeEngine:
     return FakeEngine(served)
@@ -115,3 +99,26 @@ def client(url: str, engine: FakeEngine) -> Iterator[openai.OpenAI]:
 def http(url: str, engine: FakeEngine) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, timeout=10) as http:
         yield http
+
+
+@pytest.fixture
+def open_house(
+    tmp_path: Path, engine: FakeEngine, all_tokenizers: Tokenizers
+) -> Iterator[Callable[..., House]]:
+    """Opens a server with tenants; arguments are acme's limits."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **acme: stack.enter_context(opened(tmp_path, engine, all_tokenizers, **acme))
+
+
+@pytest.fixture
+def house(open_house: Callable[..., House]) -> House:
+    return open_house()
+
+
+@pytest.fixture(scope="module")
+def quiet_house(
+    tmp_path_factory: pytest.TempPathFactory, _engine: FakeEngine, all_tokenizers: Tokenizers
+) -> Iterator[House]:
+    """For tests that are refused, and change nothing."""
+    with opened(tmp_path_factory.mktemp("house"), _engine, all_tokenizers) as house:
+        yield house

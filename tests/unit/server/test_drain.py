@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from conftest import running
 from fake_engine import FakeEngine
+from serving import running
 
 from deltaserve.config import EngineConfig, ServerConfig
 from deltaserve.engine.types import ModelInfo

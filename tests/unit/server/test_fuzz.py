@@ -11,10 +11,10 @@ from dataclasses import replace
 import httpx
 import openai
 import pytest
-from conftest import running
 from fake_engine import FakeEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from serving import running
 from test_bad_requests import CHAT, COMPLETION, COMPLETIONS, CONVERSATION, refused
 
 from deltaserve.config import EngineConfig, ServerConfig
