@@ -77,8 +77,10 @@ class LimitError(RequestError):
     """A limit is used up (HTTP 429). limit: its name in the settings. retry_after_s: infinite if
     waiting does not help."""
 
-    def __init__(self, message: str, *, limit: str, retry_after_s: float) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str, *, limit: str, retry_after_s: float, param: str | None = None
+    ) -> None:
+        super().__init__(message, param=param)
         self.limit = limit
         self.retry_after_s = retry_after_s
 

@@ -71,7 +71,7 @@ def test_a_step_is_one_message_whatever_it_produced(events: list[TokenEvent]) ->
 def test_errors_arrive_as_their_own_class(
     kind: type[DeltaServeError], message: str, param: str | None, seconds: int
 ) -> None:
-    known = {"param": param, "retry_after_s": seconds}
+    known = {"param": param, "retry_after_s": seconds, "limit": "rpm_limit"}
     details = {k: v for k, v in known.items() if k in inspect.signature(kind.__init__).parameters}
     error = kind(message, **details)
     (frame, payload) = encode(Failed(Failure.of(error)))
