@@ -30,6 +30,8 @@ BATCH = 16_384
 TRAIN_PER_CELL = 64
 RECALL_SAMPLE = 1000
 PROBES = 16
+# Beyond, an inverted file costs nearly as much as comparing every pair.
+MAX_PROBES = 64
 # Similarities this close are ties, which no order can tell apart.
 TIE = 1e-5
 
@@ -38,8 +40,8 @@ TIE = 1e-5
 class KnnOptions:
     """How neighbours are found.
 
-    neighbours: k. probes: cells searched for each sample; None: 16, doubled until the recall is
-    ``min_recall``. memory_bytes: above this the vectors
+    neighbours: k. probes: cells searched for each sample; None: 16, doubled up to 64 until the
+    recall is ``min_recall``. memory_bytes: above this the vectors
     of the index lie on the disk. index: "auto", "flat" or "ivf". min_similarity: edges below it
     are left out; cosines of 0 or less always are, since the objective only penalises likeness.
     """
@@ -261,10 +263,11 @@ def _exact_sample(embeddings: np.ndarray, transform: Transform, k: int, seed: in
 
 
 def _set_probes(index: Any, sample: _Sample, options: KnnOptions) -> None:
-    """As told, or as few as give the recall on the sample."""
+    """As told, or as few as give the recall on the sample, within MAX_PROBES."""
     index.nprobe = min(options.probes or PROBES, index.nlist)
-    while options.probes is None and index.nprobe < index.nlist:
+    most = min(MAX_PROBES, index.nlist)
+    while options.probes is None and index.nprobe < most:
         found, near = index.search(sample.queries, sample.best.shape[1] + 1)
         if sample.recall(_without_self(sample.rows, near, found)[1]) >= options.min_recall:
             break
-        index.nprobe = min(2 * index.nprobe, index.nlist)
+        index.nprobe = min(2 * index.nprobe, most)
