@@ -127,7 +127,7 @@ class OperandMaker:
         for (layer, leaf), members in self._changes(delta, delta.names()).items():
             entries = [tensors[name] for name in members]
             size, kept = 0, set(members)
-            if leaf == "weight" and isinstance(layer, DeltaLinear) and layer.joins_inputs():
+            if leaf == "weight" and isinstance(layer, DeltaLinear) and layer.packs_on_cpu():
                 size, left = packed_bytes(list(members.values()), entries, self._dtype)
                 kept = {list(members)[i] for i in left}
             size += sum(self._operand_bytes(tensors[name]) for name in kept - counted)
@@ -248,7 +248,8 @@ def _tensors(binding: Binding) -> Iterator[torch.Tensor]:
 def _mergeable(layer: DeltaModule, leaf: str, entries: list[TensorEntry]) -> TypeGuard[DeltaLinear]:
     """A packed projection: whole values need no merging, and low rank is cheap as it is."""
     packed = any(entry.codec in MERGEABLE for entry in entries)
-    return packed and leaf == "weight" and isinstance(layer, DeltaLinear)
+    dense = isinstance(layer, DeltaLinear) and not layer.quantised
+    return packed and leaf == "weight" and dense
 
 
 def _fits(module: Wrapper, leaf: str, entry: TensorEntry) -> bool:
@@ -264,7 +265,10 @@ def _fits(module: Wrapper, leaf: str, entry: TensorEntry) -> bool:
             layer.inner.bias is not None and entry.shape == (outputs or len(layer.inner.bias),)
         )
     assert isinstance(layer, DeltaLinear | DeltaEmbedding)
-    own = (outputs or layer.inner.weight.shape[0], layer.inner.weight.shape[1])
+    if isinstance(layer, DeltaEmbedding):
+        own = tuple(layer.inner.weight.shape)
+    else:
+        own = (outputs or layer.num_base_outputs, layer.inner.in_features)
     if isinstance(module, DeltaHead | DeltaEmbedding):
         return leaf == "weight" and len(entry.shape) == 2 and entry.shape[1:] == own[1:]
     return leaf == "weight" and entry.shape == own

@@ -11,7 +11,7 @@ import torch
 
 from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.artifact.manifest import TensorEntry
-from deltaserve.kernels.delta_matmul import LaidOut, int4
+from deltaserve.kernels.delta_matmul import GroupedDeltas, LaidOut, int4, joinable
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +57,17 @@ def join(pieces: Pieces, dtype: torch.dtype) -> Pieces:
         for piece in pieces
         for enc in (int4.pack([piece.enc], dtype) if int4.supports(piece.enc) else [piece.enc])
     )
+
+
+def for_kernels(pieces: Pieces, grouped: GroupedDeltas) -> Pieces:
+    """On a GPU: whole weights of neighbouring outputs as one operand, so that one launch serves
+    them; what no kernel takes stays as it is."""
+    encs = [piece.enc for piece in pieces]
+    if len(pieces) > 1 and _adjacent(pieces) and joinable(encs):
+        operand = grouped.prepare(*encs)
+        if operand is not None:
+            return (Piece(pieces[0].start, operand),)
+    return tuple(Piece(p.start, grouped.prepare(p.enc) or p.enc) for p in pieces)
 
 
 def packed_bytes(

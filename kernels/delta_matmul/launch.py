@@ -127,7 +127,7 @@ def _lowrank(
     kind: Kind, table: Table, y_TN: torch.Tensor, x_TK: torch.Tensor, chunks: RowChunks
 ) -> None:
     num_rows, num_in = x_TK.shape
-    rank = max(operand.parts[0].shape[0] for operand in table.operands.values())
+    rank = table.rank
     partial_XTR = torch.empty(SHRINK_SPLIT, num_rows, rank, device=y_TN.device)
     routing = (chunks.slot_C, chunks.start_C, chunks.end_C)
     sizes = {
