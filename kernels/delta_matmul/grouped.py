@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.kernels.delta_matmul import dispatch
 from deltaserve.kernels.delta_matmul.chunks import RowChunks
+from deltaserve.kernels.delta_matmul.dense import apply_dense
 from deltaserve.kernels.delta_matmul.layout import FIELDS, Kind, Operand, lay_out
 from deltaserve.kernels.staging import to_device
 
@@ -124,30 +125,4 @@ class GroupedDeltas:
                 if operand is not None:
                     rows = slice(segment.start, segment.end)
                     columns = slice(start, start + operand.enc.shape[0])
-                    _apply_dense(operand, y_TN[rows, columns], x_TK[rows])
-
-
-def _apply_dense(operand: Operand, y_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
-    """Many rows of one delta: its weight is unpacked once and the library multiplies."""
-    from deltaserve.kernels.delta_matmul import launch
-
-    kind, parts = operand.kind, operand.parts
-    if kind.codec == "lowrank":
-        _apply_factors(operand, y_TN, x_TK)
-    elif kind.codec == "rows":
-        y_TN.index_copy_(1, parts[1].long(), F.linear(x_TK, parts[0]))
-    elif kind.indexed:
-        dense_NK = launch.dequantised(operand, x_TK.shape[1], x_TK.dtype)
-        y_TN.index_add_(1, parts[2].long(), F.linear(x_TK, dense_NK))
-    else:
-        y_TN.addmm_(x_TK, launch.dequantised(operand, x_TK.shape[1], x_TK.dtype).T)
-
-
-def _apply_factors(operand: Operand, y_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
-    v, u = operand.parts
-    h_TR, start = F.linear(x_TK, v), 0
-    for part, (rank, outputs) in enumerate(operand.ranks):
-        first, end = part * u.shape[1], start + outputs
-        h = h_TR[:, first : first + rank]
-        y_TN[:, start:end].addmm_(h, u[start:end, :rank].T, alpha=operand.scale)
-        start = end
+                    apply_dense(operand, y_TN[rows, columns], x_TK[rows])

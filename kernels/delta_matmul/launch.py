@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ MAX_SPLIT = 8
 TILE_INPUTS = 512
 SHRINK_SPLIT = 8
 BLOCK_K = 64
+MAX_REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,17 @@ TILES = {
 }
 DENSE_TILE = Tile(64, 4, 3)
 ADD_TILE = Tile(256, 4, 1)
+
+
+def register_limit(capability: tuple[int, int]) -> dict[str, int]:
+    """The packed kernels' compiler options. Left alone, ptxas for GPUs before Hopper parks two to
+    four values on the stack to fit one more program on a multiprocessor."""
+    return {"maxnreg": MAX_REGISTERS} if capability < (9, 0) else {}
+
+
+@cache
+def _own_limit() -> dict[str, int]:
+    return register_limit(torch.cuda.get_device_capability()) if torch.cuda.is_available() else {}
 
 
 def grouped(
@@ -105,6 +118,7 @@ def _packed(
         BLOCK_N=tile.block_n,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **_own_limit(),
     )
     if split > 1:
         packed.add_partials[(len(chunks.slot_C), triton.cdiv(width, ADD_TILE.block_n))](
