@@ -94,6 +94,9 @@ class EngineConfig:
     merge_memory_bytes: int | None = None
     """Memory for deltas whose projections are kept dense (base + delta) as well: faster on a CPU
     where many rows use one. None takes a quarter of what is free on a CPU, nothing on a GPU."""
+    enforce_eager: bool = False
+    """On a GPU, launch the kernels of each decode step one by one instead of replaying captured
+    steps (CUDA graphs). Slower; starts sooner and takes less memory."""
     deterministic: bool = False
     """A request's logits and tokens are the same to the bit, whatever shares the batch. Slow."""
 

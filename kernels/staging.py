@@ -14,3 +14,8 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def copy_into(target: torch.Tensor, tensor: torch.Tensor) -> None:
+    """The CPU tensor's values into memory of the device that keeps its address."""
+    target.copy_(to_device(tensor, target.device))

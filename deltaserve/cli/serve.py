@@ -168,6 +168,15 @@ Deterministic = Annotated[
     ),
 ]
 
+EnforceEager = Annotated[
+    bool | None,
+    typer.Option(
+        "--enforce-eager/--no-enforce-eager",
+        help="On a GPU, do without CUDA graphs: slower, but starts sooner and takes less memory. "
+        "(default: off)",
+        show_default=False,
+    ),
+]
 Policy = Annotated[
     str | None,
     typer.Option(help=f"fcfs, priority or vtc. (default: {EngineConfig.scheduling_policy})"),
@@ -240,6 +249,7 @@ def run(
     max_wait_s: MaxWait = None,
     share_prefixes_between_tenants: SharePrefixes = None,
     deterministic: Deterministic = None,
+    enforce_eager: EnforceEager = None,
 ) -> None:
     """Serve a base model and its deltas behind an OpenAI-compatible endpoint."""
     flags = dict(locals())

@@ -31,7 +31,7 @@ from deltaserve.engine.parts import Parts
 from deltaserve.engine.probe import Prober
 from deltaserve.engine.residency import Residency
 from deltaserve.engine.routing import BASE_SLOT, StepContext
-from deltaserve.engine.runner import Runner
+from deltaserve.engine.runner import Runner, capture_decoding
 from deltaserve.engine.scheduler import Scheduler
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.types import EngineRequest, EngineStats, FinishReason, ModelInfo, TokenEvent
@@ -43,6 +43,7 @@ from deltaserve.errors import (
     QueueFullError,
     RequestError,
 )
+from deltaserve.kernels.attention.batch import span_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ class Engine:
         num_blocks, self.max_model_len = plan_kv(config, model_config, dtype, device)
         step = StepContext()
         modules = make_delta_aware(model, base.architecture, step)
-        # One slot more than the blocks have: deterministic mode writes its padding there.
-        num_slots = num_blocks * config.block_size + config.deterministic
+        # One block more: steps of a fixed shape write their padding there.
+        num_slots = (num_blocks + 1) * config.block_size
         kv = KVCache(model_config, num_slots, dtype, device)
         self.base = base
         vocab_size = model_config.vocab_size
@@ -82,7 +83,14 @@ class Engine:
             plan_deltas(config, device, free),
         )
         runner = DeterministicRunner if config.deterministic else Runner
-        self.runner = runner(model, step, kv, block_size=config.block_size, device=device)
+        self.runner = runner(
+            model,
+            step,
+            kv,
+            block_size=config.block_size,
+            device=device,
+            span=span_of(self.max_model_len),
+        )
         budget = ByteBudget(
             config.slo_tpot_ms,
             base_bytes=base.num_bytes,
@@ -93,6 +101,8 @@ class Engine:
         self.counters = StepCounters()
         self._refused: list[TokenEvent] = []
         self._load_deltas()
+        if device == "cuda" and not (config.enforce_eager or config.deterministic):
+            capture_decoding(self.runner, model_config, config.max_num_seqs, self.max_model_len)
 
     def models(self) -> list[ModelInfo]:
         """The base first, then its deltas."""

@@ -104,6 +104,7 @@ class DeltaLinear(nn.Module):
             self.step.changes += self.shifts.put(slot, own_N - self.inner.bias)
         else:
             self.biases[slot] = own_N
+            self._leave_graphs(slot)
 
     def _attach_weight(self, slot: int, pieces: Pieces) -> None:
         self.num_outputs[slot] = max(piece.outputs.stop for piece in pieces)
@@ -203,7 +204,7 @@ class DeltaLinear(nn.Module):
                 if slot in self.weights or slot in self.biases or slot in self.merged:
                     rows = slice(segment.start, segment.end)
                     self._correct_rows(segment, x_TK[rows], y_TN[rows])
-        if self.grouped:
+        if self.grouped.tables:
             self.grouped.apply(y_TN, x_TK, self.chunks())
         if self.shifts is not None and self.step.routing.has_any(self.shifts.slots):
             y_TN += self.shifts.of(self.step.routing.slot_T)

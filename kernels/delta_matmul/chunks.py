@@ -45,12 +45,6 @@ class RowChunks:
     slots: frozenset[int] | None
     dense: tuple[Segment, ...] = ()
 
-    @classmethod
-    def static(cls, capacity: int, device: torch.device | str) -> RowChunks:
-        """Idle chunks that ``fill`` changes in place."""
-        table_3C = torch.zeros(3, capacity, dtype=torch.int32, device=device)
-        return cls(table_3C[0], table_3C[1], table_3C[2], None)
-
     def touch(self, slots: Iterable[int]) -> bool:
         """Whether a launch for these slots is needed."""
         return self.slots is None or not self.slots.isdisjoint(slots)
@@ -70,7 +64,7 @@ def cut(segments: Iterable[Segment], device: torch.device | str, *, capacity: in
 
 
 def idle_table(segments: Iterable[Segment], capacity: int) -> torch.Tensor:
-    """[3, C] int32 on the host: all segments in chunks, for the tensors of ``RowChunks.static``."""
+    """[3, C] int32 on the host: all segments in chunks, to write into those of a captured step."""
     return _table([chunk for segment in segments for chunk in _chunks_of(segment)], capacity)
 
 
