@@ -83,6 +83,9 @@ class EngineConfig:
     """Tokens in a KV block."""
     kv_cache_memory_bytes: int | None = None
     """Memory of the KV cache; None lets the engine choose."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that may be used; what is left of it beside the base and the largest
+    step goes to the KV cache and to deltas."""
     enable_prefix_caching: bool = True
     """Requests of one model share what they have in common at the beginning."""
     delta_memory_bytes: int | None = None
@@ -132,6 +135,11 @@ class EngineConfig:
             _require_positive(name, getattr(self, name))
         for name in ("slo_tpot_ms", "max_wait_s", "load_timeout_s"):
             _require_duration(name, getattr(self, name))
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}, but must be above 0 "
+                "and at most 1"
+            )
         for name in ("host_memory_bytes", "merge_memory_bytes"):
             value = getattr(self, name)
             if value is not None and value < 0:

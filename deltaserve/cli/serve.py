@@ -168,6 +168,14 @@ Deterministic = Annotated[
     ),
 ]
 
+GpuShare = Annotated[
+    float | None,
+    typer.Option(
+        "--gpu-memory-utilization",
+        help="Share of a GPU's memory that may be used. "
+        f"(default: {EngineConfig.gpu_memory_utilization})",
+    ),
+]
 EnforceEager = Annotated[
     bool | None,
     typer.Option(
@@ -237,6 +245,7 @@ def run(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     block_size: BlockSize = None,
     kv_cache_memory_bytes: KvBytes = None,
+    gpu_memory_utilization: GpuShare = None,
     enable_prefix_caching: PrefixCaching = None,
     delta_memory_bytes: DeltaBytes = None,
     host_memory_bytes: HostBytes = None,

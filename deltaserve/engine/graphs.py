@@ -188,7 +188,8 @@ class DecodeGraphs:
             static.len_R[:rows],
             **self._attention,
         )
-        chunks = RowChunks(*static.chunks_3R[:, :rows], slots=None) if shape.deltas else None
+        slot_C, start_C, end_C = static.chunks_3R[:, :rows]
+        chunks = RowChunks(slot_C, start_C, end_C, None) if shape.deltas else None
         routing = Routing((), (), static.slot_R[:rows], static=chunks)
         embeds_RD, positions_R = static.embeds_RD[:rows], static.positions_R[:rows]
         return lambda: self._decode(embeds_RD, positions_R, batch, routing)

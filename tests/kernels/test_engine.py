@@ -24,6 +24,7 @@ CODECS = {
 }
 
 
+@pytest.mark.slow
 def test_a_mixed_batch_on_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "has_kernels", lambda name, base: True)
     monkeypatch.setattr(attention_dispatch, "pick", lambda *_: launch)
