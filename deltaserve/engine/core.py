@@ -14,6 +14,7 @@ from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.digest import checkpoint_digest
 from deltaserve.config import EngineConfig, check_names
 from deltaserve.engine.admission import ByteBudget
+from deltaserve.engine.arena import reserve
 from deltaserve.engine.checks import check_request
 from deltaserve.engine.deterministic import DeterministicRunner
 from deltaserve.engine.fairness import make_policy
@@ -72,10 +73,11 @@ class Engine:
         kv = KVCache(model_config, num_slots, dtype, device)
         self.base = base
         vocab_size = model_config.vocab_size
+        arena = reserve(memory.limits.device_bytes, device)
         self.residency = Residency(
             Parts(
                 Reader(digest),
-                OperandMaker(base, modules, vocab_size=vocab_size, dtype=dtype, device=device),
+                OperandMaker(base, modules, vocab_size, dtype, device, arena),
                 Prober(),
                 Loader(config.load_timeout_s),
                 base_version(config.served_model_name, base, digest, vocab_size),

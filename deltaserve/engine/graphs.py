@@ -152,7 +152,7 @@ class DecodeGraphs:
     def choose(self, slot_of_row: Collection[int]) -> Shape | None:
         """Which captured step serves decode rows of these slots; None: none does."""
         rows, slots = len(slot_of_row), set(slot_of_row)
-        if rows > self.sizes[-1] or not self._step.eager.isdisjoint(slots):
+        if rows > self.sizes[-1] or self._step.uncapturable(slots):
             return None
         deltas = any(slots)
         if deltas and not self._is_settled():
@@ -190,7 +190,7 @@ class DecodeGraphs:
         )
         slot_C, start_C, end_C = static.chunks_3R[:, :rows]
         chunks = RowChunks(slot_C, start_C, end_C, None) if shape.deltas else None
-        routing = Routing((), (), static.slot_R[:rows], static=chunks)
+        routing = Routing((), (), static.slot_R[:rows], static=chunks, captured=True)
         embeds_RD, positions_R = static.embeds_RD[:rows], static.positions_R[:rows]
         return lambda: self._decode(embeds_RD, positions_R, batch, routing)
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.artifact.manifest import TensorEntry
+from deltaserve.engine.delta_layer import DeltaLayer
 from deltaserve.engine.pieces import Piece, Pieces, for_kernels, join
 from deltaserve.engine.routing import Segment, StepContext
 from deltaserve.engine.slot_table import SlotTable
@@ -31,7 +32,7 @@ cores, all of a 30 M model's layers: 2.9 ms merged against 1.3 + 0.4 at 8 rows, 
 2.4 + 0.9 at 16, 4.3 against 4.6 + 1.5 at 32, 19 against 35 + 15 at 256."""
 
 
-class DeltaLinear(nn.Module):
+class DeltaLinear(DeltaLayer):
     """A projection, or several of one input side by side; weight and bias may change.
 
     name: its path in the model, for messages. grouped: the weights that a kernel applies for
@@ -41,9 +42,8 @@ class DeltaLinear(nn.Module):
     """
 
     def __init__(self, inner: nn.Linear, step: StepContext, name: str) -> None:
-        super().__init__()
+        super().__init__(step)
         self.inner = inner
-        self.step = step
         self.quantised = type(inner) is not nn.Linear
         self.grouped = GroupedDeltas(f"{name}.weight", like(inner), inner.bias is not None)
         self.laid_out: dict[int, tuple[Piece, ...]] = {}
@@ -143,6 +143,10 @@ class DeltaLinear(nn.Module):
             self.shifts.drop(slot)
         self.replaced.discard(slot)
         self.step.eager.discard(slot)
+        self.forget_arrival(slot)
+
+    def reads_at_attach(self, parameter: str) -> bool:
+        return parameter == "bias"
 
     def segments(self) -> Iterable[Segment]:
         return self.step.routing.tokens
@@ -156,6 +160,7 @@ class DeltaLinear(nn.Module):
 
     def compute(self, x: torch.Tensor, width: int) -> torch.Tensor:
         """The base where it is needed, then each delta -> [..., T, width >= N]."""
+        self.await_operands()
         x_TK = x.view(-1, x.shape[-1])
         spans = self.base_spans(len(x_TK))
         num_outputs = self.num_base_outputs
@@ -225,39 +230,6 @@ class DeltaLinear(nn.Module):
             delta_matmul(part, x_SK, piece.enc, None if own_N is None else own_N[out])
 
 
-class SharedProjections:
-    """Projections of one input (q, k and v; gate and up) computed as one, on behalf of the
-    modules that stand in their places and each take their part of the outputs."""
-
-    def __init__(self, layer: DeltaLinear) -> None:
-        self.layer = layer
-        self._input: torch.Tensor | None = None
-        self._output: torch.Tensor | None = None
-
-    def outputs(self, x: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        """x [..., T, K] -> [..., T, end - start]. Computed when ``x`` is first seen."""
-        if x is not self._input:
-            self._input, self._output = x, self.layer(x)
-        assert self._output is not None
-        output = self._output
-        if end == output.shape[-1]:  # nobody else will ask: the step's memory is free
-            self._input = self._output = None
-        return output[..., start:end]
-
-
-class ProjectionPart(nn.Module):
-    """Stands where the model has one of several projections of one input."""
-
-    def __init__(self, shared: SharedProjections, start: int, end: int) -> None:
-        super().__init__()
-        self.shared = shared
-        self.start = start
-        self.end = end
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.shared.outputs(x, self.start, self.end)
-
-
 class DeltaHead(DeltaLinear):
     """The output projection: sees only rows whose logits are kept, and vocabularies may differ."""
 
@@ -281,13 +253,12 @@ class DeltaHead(DeltaLinear):
         """It stands behind what is captured."""
 
 
-class DeltaEmbedding(nn.Module):
+class DeltaEmbedding(DeltaLayer):
     """Token embeddings; added tokens lie past the base's rows."""
 
     def __init__(self, inner: nn.Embedding, step: StepContext) -> None:
-        super().__init__()
+        super().__init__(step)
         self.inner = inner
-        self.step = step
         self.grouped = GroupedEmbeddings("embed_tokens.weight", inner.weight, False)
         self.weights: dict[int, Encoded] = {}
 
@@ -307,9 +278,11 @@ class DeltaEmbedding(nn.Module):
     def detach(self, slot: int) -> None:
         self.grouped.detach(slot)
         self.weights.pop(slot, None)
+        self.forget_arrival(slot)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [1, T] -> [1, T, D], scaled where the model scales (Gemma 3)."""
+        self.await_operands()
         weight_VD = self.inner.weight
         out: torch.Tensor = self.inner(ids.clamp(max=weight_VD.shape[0] - 1))
         scale: torch.Tensor | None = getattr(self.inner, "embed_scale", None)
@@ -331,7 +304,7 @@ class DeltaEmbedding(nn.Module):
         return {slot for table in self.grouped.tables.values() for slot in table.operands}
 
 
-class DeltaNorm(nn.Module):
+class DeltaNorm(DeltaLayer):
     """A normalisation; each row is scaled by its own delta's weight.
 
     token_dim: which dimension of the input counts the packed tokens (q/k norms see
@@ -339,12 +312,11 @@ class DeltaNorm(nn.Module):
     """
 
     def __init__(self, inner: nn.Module, step: StepContext, token_dim: int) -> None:
-        super().__init__()
+        super().__init__(step)
         self.base_weight: torch.Tensor = inner.get_parameter("weight").detach()
         # A plain attribute from here on, so that each step can put its own rows in its place.
         del inner._parameters["weight"]
         self.inner = inner
-        self.step = step
         self.token_dim = token_dim
         self.table = SlotTable(self.base_weight)
 
@@ -355,6 +327,9 @@ class DeltaNorm(nn.Module):
     def weights(self) -> set[int]:
         """The slots that change this norm."""
         return self.table.slots
+
+    def reads_at_attach(self, parameter: str) -> bool:
+        return True
 
     def attach(self, slot: int, parameter: str, pieces: Pieces) -> None:
         (piece,) = pieces
@@ -385,16 +360,3 @@ def like(inner: nn.Linear) -> torch.Tensor:
     dtype: torch.dtype = getattr(inner, "compute_dtype", None) or torch.bfloat16
     empty = torch.empty(1, dtype=dtype, device=weight.device)
     return empty.expand(inner.out_features, inner.in_features)
-
-
-DeltaModule = DeltaLinear | DeltaEmbedding | DeltaNorm
-"""What computes for all deltas."""
-Wrapper = DeltaModule | ProjectionPart
-"""What stands in the model in place of one of its modules."""
-
-
-def part_of(module: Wrapper) -> tuple[DeltaModule, int]:
-    """The layer that computes a module of the model, and where among its outputs."""
-    if isinstance(module, ProjectionPart):
-        return module.shared.layer, module.start
-    return module, 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -29,6 +29,24 @@ class Piece:
     def values(self) -> torch.Tensor:
         """Of a parameter that is kept as it is."""
         return self.enc.tensors["values"]
+
+    @property
+    def laid_out(self) -> bool:
+        """For a kernel."""
+        return isinstance(self.operand, LaidOut)
+
+    @property
+    def tensors(self) -> Iterable[torch.Tensor]:
+        operand = self.operand
+        return operand.parts if isinstance(operand, LaidOut) else operand.tensors.values()
+
+    def moved(self, put: Callable[[torch.Tensor], torch.Tensor]) -> Piece:
+        """The same with its tensors where ``put`` copies them."""
+        operand = self.operand
+        if isinstance(operand, LaidOut):
+            return Piece(self.start, operand.moved(put))
+        tensors = {name: put(tensor) for name, tensor in operand.tensors.items()}
+        return Piece(self.start, replace(operand, tensors=tensors))
 
     @cached_property
     def outputs(self) -> slice:

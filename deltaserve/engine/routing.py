@@ -13,6 +13,7 @@ from itertools import groupby
 
 import torch
 
+from deltaserve.engine.transfer import Arrival
 from deltaserve.kernels.delta_matmul import BASE_SLOT, RowChunks, Segment, cut
 
 __all__ = ["BASE_SLOT", "Routing", "Segment", "StepContext", "segments"]
@@ -24,12 +25,14 @@ class Routing:
 
     slot_T: the slot of each packed token, on the device. static: the chunks of a captured step,
     whose tensors are written anew before each replay; then the segments are not known here.
+    captured: of a captured step, with deltas (``static``) or without.
     """
 
     tokens: tuple[Segment, ...]
     logits: tuple[Segment, ...]
     slot_T: torch.Tensor
     static: RowChunks | None = None
+    captured: bool = False
 
     def has_any(self, slots: Collection[int]) -> bool:
         """Whether a packed token may have one of these slots."""
@@ -51,13 +54,22 @@ class StepContext:
     """Holds the present step's routing; the one object that all delta-aware layers share.
 
     eager: slots with operands that no captured step can apply. changes: grows whenever captured
-    steps have become wrong, because a table moved or another launch is needed.
+    steps have become wrong, because a table moved or another launch is needed. arriving: slots
+    whose operands are not all on the device, and when the last will be.
     """
 
     def __init__(self) -> None:
         self.routing: Routing = Routing((), (), torch.empty(0, dtype=torch.long))
         self.eager: set[int] = set()
         self.changes = 0
+        self.arriving: dict[int, Arrival] = {}
+
+    def uncapturable(self, slots: Collection[int]) -> bool:
+        """Whether a step with rows of these slots must be launched call by call."""
+        for slot in [slot for slot in slots if slot in self.arriving]:
+            if self.arriving[slot].query():
+                del self.arriving[slot]
+        return any(slot in self.eager or slot in self.arriving for slot in slots)
 
 
 def segments(slots: list[int]) -> tuple[Segment, ...]:

@@ -47,15 +47,18 @@ DENSE_TILE = Tile(64, 4, 3)
 ADD_TILE = Tile(256, 4, 1)
 
 
-def register_limit(capability: tuple[int, int]) -> dict[str, int]:
+def register_limit(capability: tuple[int, int], bits: int) -> dict[str, int]:
     """The packed kernels' compiler options. Left alone, ptxas for GPUs before Hopper parks two to
-    four values on the stack to fit one more program on a multiprocessor."""
-    return {"maxnreg": MAX_REGISTERS} if capability < (9, 0) else {}
+    four values on the stack to fit one more program on a multiprocessor; but not with 1 bit,
+    where the limit itself makes it do so."""
+    return {"maxnreg": MAX_REGISTERS} if capability < (9, 0) and bits > 1 else {}
 
 
 @cache
-def _own_limit() -> dict[str, int]:
-    return register_limit(torch.cuda.get_device_capability()) if torch.cuda.is_available() else {}
+def _own_limit(bits: int) -> dict[str, int]:
+    if not torch.cuda.is_available():
+        return {}
+    return register_limit(torch.cuda.get_device_capability(), bits)
 
 
 def grouped(
@@ -118,7 +121,7 @@ def _packed(
         BLOCK_N=tile.block_n,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **_own_limit(),
+        **_own_limit(kind.bits),
     )
     if split > 1:
         packed.add_partials[(len(chunks.slot_C), triton.cdiv(width, ADD_TILE.block_n))](
