@@ -20,10 +20,19 @@ class Hessian:
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.sum_KK = torch.zeros(columns, columns, device=device)
         self.tokens = 0
+        self._factors: dict[bytes, torch.Tensor] = {}
+
+    @classmethod
+    def of(cls, mean_KK: torch.Tensor) -> Hessian:
+        """One that is known."""
+        hessian = cls(len(mean_KK), mean_KK.device)
+        hessian.sum_KK, hessian.tokens = mean_KK, 1
+        return hessian
 
     def add(self, x_TK: torch.Tensor) -> None:
         """Count further inputs."""
         x_TK = x_TK.float()
+        self._factors.clear()
         self.sum_KK.addmm_(x_TK.T, x_TK)
         self.tokens += len(x_TK)
 
@@ -42,23 +51,33 @@ class Hessian:
         diagonal_K += share * level
         return h_KK
 
+    def inverse_factor(self, order_K: torch.Tensor) -> torch.Tensor:
+        """Upper Cholesky factor [K, K] of the inverse, columns taken in ``order_K``; kept.
 
-def inverse_factor(hessian: Hessian, order_K: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor [K, K] of the inverse, columns taken in ``order_K``.
+        A matrix that is not positive definite for float32 is damped until it is.
+        """
+        key = order_K.cpu().numpy().tobytes()
+        share = DAMPING
+        while key not in self._factors:
+            h_KK = self.damped(share)[order_K][:, order_K]
+            lower_KK, failed = torch.linalg.cholesky_ex(h_KK)
+            if not failed:
+                upper_KK, failed = torch.linalg.cholesky_ex(
+                    torch.cholesky_inverse(lower_KK), upper=True
+                )
+                if not failed and bool(torch.isfinite(upper_KK).all()):
+                    self._factors[key] = upper_KK
+            share *= GROWTH
+        return self._factors[key]
 
-    A matrix that is not positive definite for float32 is damped until it is.
-    """
-    share = DAMPING
-    while True:
-        h_KK = hessian.damped(share)[order_K][:, order_K]
-        lower_KK, failed = torch.linalg.cholesky_ex(h_KK)
-        if not failed:
-            upper_KK, failed = torch.linalg.cholesky_ex(
-                torch.cholesky_inverse(lower_KK), upper=True
-            )
-            if not failed and bool(torch.isfinite(upper_KK).all()):
-                return upper_KK
-        share *= GROWTH
+    def root(self) -> torch.Tensor:
+        """Lower Cholesky factor [K, K] of the damped matrix."""
+        share = DAMPING
+        while True:
+            lower_KK, failed = torch.linalg.cholesky_ex(self.damped(share))
+            if not failed and bool(torch.isfinite(lower_KK).all()):
+                return lower_KK
+            share *= GROWTH
 
 
 def output_error(error_NK: torch.Tensor, h_KK: torch.Tensor) -> torch.Tensor:

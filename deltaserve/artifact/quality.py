@@ -43,7 +43,9 @@ class Quality:
     token. perplexity_*: of the text. prompts: greedy continuations that were compared, of
     up to ``continued`` tokens; identical: share of them without any difference;
     first_divergence: median place of the first difference among the others (-1: none).
-    max_kl, min_agreement: thresholds, None where there was none; passed: all were met.
+    tasks: prompts with one right answer, None if there were none; tasks_*: share of exact
+    matches. max_kl, min_agreement, min_tasks (share of the fine-tune's matches): thresholds, None
+    where there was none; passed: all were met.
     """
 
     delta: str
@@ -61,10 +63,15 @@ class Quality:
     max_kl: float | None
     min_agreement: float | None
     passed: bool
+    tasks: int | None = None
+    tasks_fine_tune: float | None = None
+    tasks_delta: float | None = None
+    min_tasks: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able object, in the order of the fields."""
-        return asdict(self)
+        """A JSON-able object, in the order of the fields; tasks only where there were some."""
+        tasks = self.tasks is not None
+        return {k: v for k, v in asdict(self).items() if tasks or "tasks" not in k}
 
     @classmethod
     def from_json(cls, value: object) -> Quality:
