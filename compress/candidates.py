@@ -10,8 +10,6 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-
 from deltaserve.artifact.checkpoint import HEAD
 from deltaserve.artifact.codecs import get_codec
 from deltaserve.artifact.codecs.base import FLOATS

@@ -40,13 +40,14 @@ AIM, GROWTH = 0.7, 1.1
 @dataclass(frozen=True)
 class Request:
     """How to compress: by a plan, or towards a goal. options: the text, None for none at all.
-    distil: steps of scale distillation."""
+    distil: steps of scale distillation. table: candidates that an earlier run measured."""
 
     plan: Plan | None = None
     goal: Goal | None = None
     options: TextOptions | None = None
     device: str = "cpu"
     distil: int = 0
+    table: Table | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All that the result depends on, the text's content included."""
@@ -97,9 +98,7 @@ def calibrated(
         picks: dict[str, Candidate] = {}
         budget = 0
         if goal is not None:
-            table = yield from measure_candidates(
-                pair, request.options.seed if request.options else 0
-            )
+            table = request.table or (yield from measure_candidates(pair, fit.seed))
             budget = _budget(goal, table, pair)
         for number in range(1_000_000):
             if table is not None:

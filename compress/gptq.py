@@ -21,7 +21,6 @@ from deltaserve.artifact.codecs.quantise import (
     SCALE_DTYPE,
     Grid,
     Plane,
-    expand,
     fit_matrix,
     nearest,
 )

@@ -127,9 +127,12 @@ class LayerWalk:
             else:
                 found.append((x, [name]))
 
-        with self.loaded(layer, weights) as module, torch.inference_mode():
-            with _watching(module, self.prefix(layer), see):
-                self.run(module, layer, 0, self.hidden.read(layer, 0))
+        with (
+            torch.inference_mode(),
+            self.loaded(layer, weights) as module,
+            _watching(module, self.prefix(layer), see),
+        ):
+            self.run(module, layer, 0, self.hidden.read(layer, 0))
         return [names for _, names in found]
 
     @torch.inference_mode()

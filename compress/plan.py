@@ -75,7 +75,7 @@ class Plan:
     vocabulary: CodecChoice | None
     small: CodecChoice
     rules: tuple[Rule, ...] = ()
-    solver: Solver = Solver()
+    solver: Solver = field(default_factory=Solver)
 
     def check_rules(self, names: Iterable[str]) -> None:
         """Raises ConfigError for a pattern that matches no parameter."""

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaserve.compress.allocate import Candidate, allocate, largest, smallest
-from deltaserve.compress.choose import compress_to
 from deltaserve.compress.goal import Goal
 from deltaserve.compress.plan import CodecChoice
+from deltaserve.compress.run import compress_to
 from deltaserve.compress.textsource import TextOptions
 from deltaserve.errors import ConfigError
 from tests.families import make_base, make_fine_tune, make_lora
