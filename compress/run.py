@@ -12,7 +12,7 @@ from deltaserve.artifact.safetensors_io import MAX_SHARD_BYTES
 from deltaserve.artifact.staging import require_free
 from deltaserve.compress.change import compare
 from deltaserve.compress.choose import Chosen, Request, calibrated
-from deltaserve.compress.common import PathLike, Progress, silent
+from deltaserve.compress.common import PathLike, Progress, check_device, silent
 from deltaserve.compress.compat import check_compatible
 from deltaserve.compress.goal import Goal
 from deltaserve.compress.layers import ARCHITECTURES
@@ -87,6 +87,7 @@ def compress_many(
     in memory for the next; the base is opened and hashed once."""
     for target in targets:
         require_free(Path(target.out))
+    check_device(request.device)
     origin = Origin.open(base, progress)
     found: list[Chosen | None] = [None] * len(targets)
     running = {

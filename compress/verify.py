@@ -13,7 +13,7 @@ from deltaserve.artifact.digest import checkpoint_digest
 from deltaserve.artifact.quality import Quality
 from deltaserve.artifact.reader import Delta
 from deltaserve.artifact.writer import record_quality
-from deltaserve.compress.common import PathLike, Progress, silent
+from deltaserve.compress.common import PathLike, Progress, check_device, silent
 from deltaserve.compress.compare import Tokens
 from deltaserve.compress.jsonl import read_tasks
 from deltaserve.compress.judge import Read, judge, matches, parting, percentile, perplexity
@@ -86,6 +86,7 @@ def verify(
     thresholds = thresholds or Thresholds()
     if thresholds.min_tasks is not None and tasks is None:
         raise ConfigError("--min-tasks needs --tasks, a file of prompts and answers")
+    check_device(device)
     artifact, origin = Delta.open(delta), Checkpoint.open(base)
     path, name = locate(model)
     lora = Adapter.is_adapter(path)

@@ -1,7 +1,7 @@
 """What a run has finished so far, in a hidden folder beside its output.
 
 A run that is killed leaves it; the same command finds it and goes on from there. A run that
-ends, well or by an error of the user's, removes it.
+ends, well or with an error, removes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from deltaserve.artifact.codecs.base import Encoded, dtype_name
 from deltaserve.artifact.manifest import DTYPES
 from deltaserve.compress.change import Change
-from deltaserve.errors import ConfigError, DeltaServeError
+from deltaserve.errors import ConfigError
 
 JOB = "job.json"
 
@@ -62,7 +62,8 @@ class Work:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None or isinstance(error, DeltaServeError):
+        # Ctrl-C and the like are no errors: whoever stops a run may want to go on later.
+        if error is None or isinstance(error, Exception):
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 
