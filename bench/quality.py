@@ -5,14 +5,14 @@
 All calibrated methods read the same text, from the training split of the fine-tune's tasks;
 exact matches and divergences are those of the held-out split. After each published recipe ours
 runs again with no more bytes in memory than that recipe took. No setting of ours was chosen on
-these fine-tunes' held-out text.
+these fine-tunes' held-out text. With fine-tunes of your own:
+
+    python -m deltaserve.bench.quality --pair NAME BASE MODEL train.jsonl held.jsonl --out own.json
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import sys
 import tempfile
 import time
@@ -26,7 +26,7 @@ from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.quality import Quality
 from deltaserve.artifact.reader import Delta
 from deltaserve.bench.quality_methods import OURS, PUBLISHED, Method, no_larger
-from deltaserve.bench.quality_models import Subject, build_subjects, held_out, stream
+from deltaserve.bench.quality_models import CALIBRATION, Subject, build_subjects
 from deltaserve.bench.quality_report import plot, summary
 from deltaserve.bench.record import record
 from deltaserve.compress.allocate import Table
@@ -35,11 +35,12 @@ from deltaserve.compress.models import load_tokenizer
 from deltaserve.compress.run import Target, compress_many
 from deltaserve.compress.textsource import TextOptions
 from deltaserve.compress.verify import Question, Thresholds, examine
-from deltaserve.compress.weights import of_delta, of_model
-from deltaserve.demo.tasks import Example
+from deltaserve.compress.weights import Source, of_delta, of_model
+from deltaserve.errors import ConfigError, DeltaServeError
 
-CALIBRATION = 256
 CONTEXT = 256
+# Held-out answers that divergence is measured on; all of them are scored.
+HELD = 1024
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,19 @@ class Row:
 class Bench:
     """One fine-tune, its texts, and the candidates that were measured for it."""
 
-    def __init__(self, subject: Subject, work: Path) -> None:
-        self._subject, self._work = subject, work
-        train = itertools.islice(stream(subject.tasks, "train", 1), CALIBRATION * 5 // 4)
-        examples = held_out(subject.tasks)
-        self._text = TextOptions(write_chats(work / "train.jsonl", train), CALIBRATION)
-        held = write_chats(work / "held.jsonl", examples)
+    def __init__(self, subject: Subject, work: Path, device: str) -> None:
+        self._subject, self._work, self._device = subject, work, device
+        self._base = Checkpoint.open(subject.base)
+        self._model = Checkpoint.open(subject.model)
+        context = int(self._model.hf_config.get_text_config().max_position_embeddings)
+        self._text = TextOptions(subject.train, CALIBRATION, seq_len=min(CONTEXT, context))
         tokenizer = load_tokenizer(subject.model, subject.base)
         text = read_text(
-            held, tokenizer, samples=len(examples), seq_len=None, context=CONTEXT, seed=0
+            subject.held, tokenizer, samples=HELD, seq_len=None, context=context, seed=0
         )
-        self._asked = Question(text, tasks=read_tasks(held, tokenizer, CONTEXT))
+        self._asked = Question(text, tasks=read_tasks(subject.held, tokenizer, context))
         self._table: Table | None = None
+        self._base_score = self._score_of_base()
 
     def rows(self) -> Iterable[Row]:
         """Every method; ours once more beside each published one."""
@@ -92,7 +94,7 @@ class Bench:
 
     def _row(self, method: Method, rival: str = "") -> Row:
         subject = self._subject
-        request = method.ask(subject.base, subject.model, self._text)
+        request = replace(method.ask(subject.base, subject.model, self._text), device=self._device)
         if method.ours:
             request = replace(request, table=self._table)
         with tempfile.TemporaryDirectory(dir=self._work) as folder:
@@ -100,17 +102,22 @@ class Bench:
             [chosen] = compress_many(subject.base, [Target(subject.model, out)], request)
             seconds = time.perf_counter() - start
             self._table = self._table or chosen.table
-            quality = self._judge(out)
+            quality = self._judge(of_delta(self._base, Delta.open(out)))
         sizes = chosen.manifest.sizes
         assert quality.tasks_delta is not None
         assert quality.tasks_fine_tune is not None
-        gained = quality.tasks_fine_tune - subject.base_score
+        gained = quality.tasks_fine_tune - self._base_score
+        if gained <= 0:
+            raise ConfigError(
+                f"{subject.name} answers {quality.tasks_fine_tune:.1%} of {subject.held}, its base "
+                f"{self._base_score:.1%}: there is no gain of which a share could be kept"
+            )
         row = Row(
             method=method.name,
             rival=rival,
             ours=method.ours,
             fine_tune=subject.name,
-            heavy=subject.steps > 0 and len(subject.tasks) > 1,
+            heavy=subject.heavy,
             disk_bytes=sizes.disk.total,
             resident_bytes=sizes.resident.total,
             disk_ratio=round(sizes.disk_ratio, 2),
@@ -118,19 +125,27 @@ class Bench:
             kl=quality.kl_mean,
             agreement=quality.agreement,
             score=quality.tasks_delta,
-            gain=(quality.tasks_delta - subject.base_score) / gained,
+            gain=(quality.tasks_delta - self._base_score) / gained,
             seconds=round(seconds, 1),
         )
         say(row)
         return row
 
-    def _judge(self, out: Path) -> Quality:
-        base, model = Checkpoint.open(self._subject.base), Checkpoint.open(self._subject.model)
-        delta = Delta.open(out)
+    def _judge(self, theirs: Source) -> Quality:
+        """The fine-tune against another source of parameters."""
+        mine = of_model(self._base, self._model)
         with tempfile.TemporaryDirectory(dir=self._work) as folder:
-            mine, theirs = of_model(base, model), of_delta(base, delta)
-            report = examine(base, mine, theirs, self._asked, Path(folder), "cpu")
-        return report(delta.manifest.digest, Thresholds())
+            report = examine(self._base, mine, theirs, self._asked, Path(folder), self._device)
+        return report("", Thresholds())
+
+    def _score_of_base(self) -> float:
+        """The base's exact matches, over the tokens that it has."""
+        embedding = self._base.embedding or ""
+        if self._base.shape(embedding) != self._model.shape(embedding):
+            return 0.0  # it cannot even read the tokens that were added
+        score = self._judge(of_model(self._base, self._base)).tasks_delta
+        assert score is not None
+        return score
 
 
 def say(row: Row) -> None:
@@ -142,38 +157,44 @@ def say(row: Row) -> None:
     )
 
 
-def write_chats(path: Path, examples: Iterable[Example]) -> Path:
-    """Examples as JSONL of messages."""
-    lines = (
-        {
-            "messages": [
-                {"role": "user", "content": example.prompt},
-                {"role": "assistant", "content": example.answer},
-            ]
-        }
-        for example in examples
-    )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+def measured(arguments: argparse.Namespace) -> Iterable[Row]:
+    """The rows of every fine-tune that was asked for."""
+    subjects = [_own(*pair) for pair in arguments.pair] if arguments.pair else build_subjects()
+    names = [subject.name for subject in subjects]
+    if unknown := set(arguments.subjects or []) - set(names):
+        raise ConfigError(f"--subjects: {min(unknown)} is none of {', '.join(names)}")
+    for subject in subjects:
+        if subject.name in (arguments.subjects or names):
+            with tempfile.TemporaryDirectory() as work:
+                yield from Bench(subject, Path(work), arguments.device).rows()
+
+
+def _own(name: str, base: str, model: str, train: str, held: str) -> Subject:
+    return Subject(name, Path(base), Path(model), Path(train), Path(held))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Quality per byte of every method.")
     parser.add_argument("--subjects", nargs="*", help="which fine-tunes; all by default")
+    parser.add_argument(
+        "--pair", nargs=5, action="append", metavar=("NAME", "BASE", "MODEL", "TRAIN", "HELD"),
+        help="a fine-tune of yours instead: directories, and JSONL of messages to calibrate on "
+        "and to score; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("bench/results/quality.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    subjects = build_subjects()
-    chosen = arguments.subjects or [subject.name for subject in subjects]
-    rows: list[Row] = []
-    for subject in subjects:
-        if subject.name in chosen:
-            with tempfile.TemporaryDirectory() as work:
-                rows += Bench(subject, Path(work)).rows()
+    try:
+        rows = list(measured(arguments))
+    except DeltaServeError as error:
+        parser.exit(2, f"{error}\n")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     command = "python -m deltaserve.bench.quality"
     if arguments.subjects:
-        command += " --subjects " + " ".join(chosen)
+        command += " --subjects " + " ".join(arguments.subjects)
+    for name, *_ in arguments.pair or []:
+        command += f" --pair {name} ..."
     table = [asdict(row) for row in rows]
     record(arguments.out, command, {"rows": table, "summary": summary(table)})
     arguments.out.with_suffix(".svg").write_text(plot(table))

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.compress.choose import Request
@@ -24,8 +23,6 @@ from deltaserve.compress.gptq import Solver
 from deltaserve.compress.plan import CodecChoice, Plan, Rule, make_plan
 from deltaserve.compress.textsource import TextOptions
 
-# Delta-CoMe's bands for hidden size 4096: vectors at 8 bits, at 3 bits; the rest at 2.
-COME_HIDDEN, COME_BANDS = 4096, ((8, 2), (3, 32))
 DISTIL = 200
 
 
@@ -80,29 +77,6 @@ def _per_axis(base: Path, model: Path, text: TextOptions) -> Request:
     return Request(plan=plan, options=text, distil=DISTIL)
 
 
-def _delta_come(base: Path, model: Path, text: TextOptions) -> Request:
-    tuned = Checkpoint.open(model)
-    rules = []
-    for name in tuned.names():
-        shape = tuned.shape(name)
-        if classify(name, shape) == "linear":
-            rules.append(Rule(name, CodecChoice("sum", {"terms": _bands(shape)})))
-    plan = make_plan("int", {"bits": 1}, vocabulary_codec="raw", rules=tuple(rules))
-    return Request(plan=plan, options=text)
-
-
-def _bands(shape: tuple[int, ...]) -> list[dict[str, Any]]:
-    """The paper's bands scaled to a smaller matrix, filled up at 2 bits to one bit per value."""
-    line, left = sum(shape), shape[0] * shape[1]
-    terms = []
-    for bits, rank in COME_BANDS:
-        rank = max(1, round(rank * min(shape) / COME_HIDDEN))
-        terms.append({"codec": "lowrank", "bits": bits, "rank": rank})
-        left -= bits * rank * line
-    rank = max(1, min(left // (2 * line), min(shape)))
-    return [*terms, {"codec": "lowrank", "bits": 2, "rank": rank}]
-
-
 def _one_bit(axis: str) -> Plan:
     """BitDelta's signs are those of the delta itself: nothing is calibrated."""
     settings = {"bits": 1, "scale_axis": axis}
@@ -115,7 +89,7 @@ PUBLISHED: tuple[Method, ...] = (
     _plain("BitDelta, not distilled", _one_bit("tensor")),
     _fitted("BitDelta", _one_bit("tensor"), DISTIL),
     Method("per-axis 1-bit", _per_axis),
-    Method("Delta-CoMe, 1 bit", _delta_come),
+    _fitted("Delta-CoMe, 1 bit", make_plan("sum", vocabulary_codec="raw")),
     _plain("DARE, 10 % kept", make_plan("sparse", {"keep": 0.1}, vocabulary_codec="raw")),
     _plain("rounding, 2-bit g64", make_plan("int", {"bits": 2})),
     _plain("rounding, 1-bit g64", make_plan("int", {"bits": 1})),

@@ -50,6 +50,8 @@ LOW_RANK = {2: (0.5, 1.0), 4: (0.125, 0.25, 0.5, 0.75, 1.0, 1.5)}
 DENSE_RANKS = (1, 2, 4, 8, 16)
 # A low-rank part beside one bit per value, as a share of a bit.
 BESIDE = (0.25, 0.5)
+# Bits per value of mixed-precision singular vectors.
+BANDED = (1.0,)
 VOCABULARY = (
     *(CodecChoice("int", {"bits": bits, "group_size": 64}) for bits in (1, 2, 3, 4, 8)),
     CodecChoice("int", {"bits": 1, "group_size": 0}),
@@ -153,9 +155,10 @@ def _tried(pair: Pair, name: str, cost: Cost) -> list[Candidate]:
     choices = list(LINEAR)
     found = {(bits, ranks(share, bits)) for bits, sizes in LOW_RANK.items() for share in sizes}
     found |= {(0, rank) for rank in DENSE_RANKS if rank * line * 16 <= 2 * size}
+    # The largest rank first: its singular vectors serve the others.
     choices += [
         CodecChoice("lowrank", {"rank": rank, **({"bits": bits} if bits else {})})
-        for bits, rank in sorted(found)
+        for rank, bits in sorted(((rank, bits) for bits, rank in found), reverse=True)
         if rank
     ]
     for share in BESIDE:
@@ -165,6 +168,7 @@ def _tried(pair: Pair, name: str, cost: Cost) -> list[Candidate]:
                 {"codec": "int", "bits": 1, "group_size": 0},
             ]
             choices.append(CodecChoice("sum", {"terms": terms}))
+    choices += [CodecChoice("sum", {"share": share}) for share in BANDED]
     return _candidates(pair, name, choices, cost.hessian, [cost])
 
 

@@ -22,7 +22,7 @@ from deltaserve.compress.models import check_tokenizers, load_fine_tune, load_to
 from deltaserve.compress.plan import Plan, Rule, make_plan
 from deltaserve.compress.sampling import continued_greedily
 from deltaserve.compress.store import Destination, Origin, store
-from deltaserve.compress.text import Sample, Text
+from deltaserve.compress.text import FileRef, Sample, Text
 from deltaserve.compress.textsource import TextOptions, check_tokens, gather_text
 from deltaserve.compress.verify import Question, Thresholds, examine
 from deltaserve.compress.weights import of_changes, of_model
@@ -148,8 +148,9 @@ def _texts(
     if (known := work.get("text.json")) is None:
         known = _write_texts(base, tuned, options, request.device)
         work.put("text.json", known)
+    file = FileRef(*known["file"]) if known["file"] else None
     fit, held = (
-        Text(_samples(known[part]), known["source"], options.seed) for part in ("fit", "held")
+        Text(_samples(known[part]), known["source"], options.seed, file) for part in ("fit", "held")
     )
     return fit, Question(held, _samples(known["continued"]), CONTINUED)
 
@@ -184,7 +185,8 @@ def _write_texts(
         return [[list(s.tokens), s.prompt] for s in samples]
 
     parts = {"fit": rows(fit.samples), "held": rows(held.samples), "continued": rows(continued)}
-    return {"source": text.source, **parts}
+    file = None if text.file is None else [text.file.digest, text.file.size]
+    return {"source": text.source, "file": file, **parts}
 
 
 def _rules(picks: dict[str, Candidate]) -> tuple[Rule, ...]:

@@ -13,6 +13,7 @@ from deltaserve.artifact.codecs.lowrank import LowRankParams
 from deltaserve.artifact.codecs.nm24 import Nm24Params
 from deltaserve.artifact.codecs.sum import SumCodec
 from deltaserve.compress.dare import DropParams, encode_dropped
+from deltaserve.compress.delta_come import BandParams
 from deltaserve.compress.gptq import Solver, encode_int, encode_nm24
 from deltaserve.compress.hessian import Hessian
 from deltaserve.compress.plan import CodecChoice
@@ -30,6 +31,8 @@ def encode(
     params: Any = dict(choice.params)
     if choice.codec == "sparse":
         return encode_dropped(tensor, base, DropParams(**params))
+    if choice.codec == "sum":
+        params = {"terms": BandParams(**params).of(tuple(tensor.shape))}
     if hessian is None or not calibratable(choice, tuple(tensor.shape)):
         return get_codec(choice.codec).encode(tensor, base, **params)
     if choice.codec == "nm24":
@@ -37,7 +40,7 @@ def encode(
     if choice.codec == "lowrank":
         return encode_lowrank(tensor, base, LowRankParams(**params), hessian, solver)
     if choice.codec == "sum":
-        return _encode_sum(choice, tensor, base, hessian, solver)
+        return _encode_sum(params["terms"], tensor, base, hessian, solver)
     return encode_int(tensor, base, IntParams(**params), hessian, solver)
 
 
@@ -51,7 +54,7 @@ def calibratable(choice: CodecChoice, shape: tuple[int, ...]) -> bool:
 
 
 def _encode_sum(
-    choice: CodecChoice,
+    terms: list[dict[str, Any]],
     tensor: torch.Tensor,
     base: torch.Tensor | None,
     hessian: Hessian,
@@ -61,7 +64,7 @@ def _encode_sum(
     shape = tuple(tensor.shape)
     left_NK = difference(tensor, base).view(matrix_shape(shape))
     codec, encs = cast(SumCodec, CODECS["sum"]), []
-    for term in choice.params["terms"]:
+    for term in terms:
         settings = {key: value for key, value in term.items() if key != "codec"}
         enc = encode(CodecChoice(term["codec"], settings), left_NK, None, hessian, solver)
         enc = codec.as_term(enc, tensor.dtype)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import torch
 
+from deltaserve.artifact.codecs.lowrank import leading_svd
+
 # Share of the mean diagonal that is added to it (GPTQ's percdamp), and its growth when the
 # matrix is still not positive definite.
 DAMPING = 0.01
 GROWTH = 10.0
+# u [N, r], s [r], v [r, K].
+Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Hessian:
@@ -21,6 +25,7 @@ class Hessian:
         self.sum_KK = torch.zeros(columns, columns, device=device)
         self.tokens = 0
         self._factors: dict[bytes, torch.Tensor] = {}
+        self._seen: tuple[torch.Tensor, Triplets] | None = None
 
     @classmethod
     def of(cls, mean_KK: torch.Tensor) -> Hessian:
@@ -33,6 +38,7 @@ class Hessian:
         """Count further inputs."""
         x_TK = x_TK.float()
         self._factors.clear()
+        self._seen = None
         self.sum_KK.addmm_(x_TK.T, x_TK)
         self.tokens += len(x_TK)
 
@@ -78,6 +84,17 @@ class Hessian:
             if not failed and bool(torch.isfinite(lower_KK).all()):
                 return lower_KK
             share *= GROWTH
+
+    def leading(self, delta_NK: torch.Tensor, rank: int) -> Triplets:
+        """Leading singular triplets of ``delta_NK @ root()``; those of the last delta are kept,
+        so that a matrix that is tried at many ranks is decomposed once, at the largest first."""
+        if self._seen is not None and torch.equal(self._seen[0], delta_NK):
+            u_NR, s_R, v_RK = self._seen[1]
+            if len(s_R) >= rank:
+                return u_NR[:, :rank], s_R[:rank], v_RK[:rank]
+        found = leading_svd(delta_NK @ self.root(), rank)
+        self._seen = delta_NK, found
+        return found
 
 
 def output_error(error_NK: torch.Tensor, h_KK: torch.Tensor) -> torch.Tensor:

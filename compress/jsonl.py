@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import torch
-
-from deltaserve.compress.text import Sample, Text
+from deltaserve.compress.text import FileRef, Sample, Text
 from deltaserve.errors import ConfigError
 
 
@@ -17,33 +18,39 @@ def read_text(
 ) -> Text:
     """Sequences from a JSONL file of {"text": ...} or {"messages": [...]}.
 
-    At most ``samples`` lines, drawn by ``seed`` if there are more. Sequences are cut to
-    ``seq_len`` tokens where it is given. Raises ConfigError naming the line for a wrong
-    schema and for a sequence beyond ``context`` tokens.
+    At most ``samples`` lines, drawn by ``seed`` while the file is read once, a line at a time
+    (algorithm R: Vitter, ACM TOMS 1985). Sequences are cut to ``seq_len`` tokens where it is
+    given. Raises ConfigError naming the line for a wrong schema anywhere, and for a drawn
+    sequence beyond ``context`` tokens.
     """
-    if tokenizer is None:
-        raise ConfigError(f"{path} needs a tokenizer, and the model directory has none")
-    found = []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
+    _require(tokenizer, path)
+    drawn: list[Sample] = []
+    rng, seen = random.Random(seed), 0
+    lines = _Lines(path)
+    for where, entry in lines:
+        place = rng.randrange(seen + 1)
+        if len(drawn) == samples and place >= samples:
+            seen += 1
             continue
-        sample = _sample(line, tokenizer, f"{path}, line {number}")
-        if seq_len is not None:
-            sample = Sample(sample.tokens[:seq_len], min(sample.prompt, seq_len - 1))
+        sample = _cut(_sample(entry, tokenizer, where), seq_len)
         if len(sample.tokens) > context:
             raise ConfigError(
-                f"{path}, line {number}: {len(sample.tokens)} tokens, but the model reads at most "
-                f"{context}; shorten it or cut with --seq-len"
+                f"{where}: {len(sample.tokens)} tokens, but the model reads at most {context}; "
+                "shorten it or cut with --seq-len"
             )
         # A single token predicts nothing that could be compared.
         if len(sample.tokens) > 1:
-            found.append(sample)
-    if not found:
+            seen += 1
+            if len(drawn) < samples:
+                drawn.append(sample)
+            else:
+                drawn[place] = sample
+    if not drawn:
         raise ConfigError(
             f"{path} holds no text: give one JSON object with text or messages a line"
         )
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
-    return Text(tuple(found[i] for i in order[:samples].tolist()), path.name, seed)
+    rng.shuffle(drawn)
+    return Text(tuple(drawn), path.name, seed, lines.file)
 
 
 def read_tasks(path: Path, tokenizer: Any, context: int) -> tuple[Sample, ...]:
@@ -52,18 +59,13 @@ def read_tasks(path: Path, tokenizer: Any, context: int) -> tuple[Sample, ...]:
     An answer ends with the token that ends a turn, which the model must write too. Raises
     ConfigError naming the line.
     """
-    if tokenizer is None:
-        raise ConfigError(f"{path} needs a tokenizer, and the model directory has none")
+    _require(tokenizer, path)
     ends = set(tokenizer.all_special_ids)
     found = []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        sample = _sample(line, tokenizer, where)
-        messages = json.loads(line).get("messages")
-        if messages is None or messages[-1]["role"] != "assistant":
+    for where, entry in _Lines(path):
+        if "messages" not in entry or entry["messages"][-1]["role"] != "assistant":
             raise ConfigError(f"{where}: needs messages that end with the assistant's right answer")
+        sample = _sample(entry, tokenizer, where)
         if len(sample.tokens) > context:
             raise ConfigError(f"{where}: {len(sample.tokens)} tokens, the model reads {context}")
         stops = (i for i in range(sample.prompt, len(sample.tokens)) if sample.tokens[i] in ends)
@@ -74,30 +76,65 @@ def read_tasks(path: Path, tokenizer: Any, context: int) -> tuple[Sample, ...]:
     return tuple(found)
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as cause:
-        raise ConfigError(f"{path} cannot be read: {cause}") from None
+def _require(tokenizer: Any, path: Path) -> None:
+    if tokenizer is None:
+        raise ConfigError(f"{path} needs a tokenizer, and the model directory has none")
 
 
-def _sample(line: str, tokenizer: Any, where: str) -> Sample:
+def _cut(sample: Sample, seq_len: int | None) -> Sample:
+    if seq_len is None:
+        return sample
+    return Sample(sample.tokens[:seq_len], min(sample.prompt, seq_len - 1))
+
+
+class _Lines:
+    """Checked entries of a file, each after the words that name its line; blank lines are none.
+
+    file: what was read, once all of it was.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.file: FileRef | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        digest, size = hashlib.sha256(), 0
+        try:
+            with self._path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    digest.update(line)
+                    size += len(line)
+                    if line.strip():
+                        where = f"{self._path}, line {number}"
+                        yield where, _entry(line, where)
+        except OSError as cause:
+            raise ConfigError(f"{self._path} cannot be read: {cause}") from None
+        self.file = FileRef(f"sha256:{digest.hexdigest()}", size)
+
+
+def _entry(line: bytes, where: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
-    except ValueError as cause:
+    except ValueError as cause:  # not UTF-8 is one, too
         raise ConfigError(f"{where}: not JSON: {cause}") from None
     text, messages = (
         entry.get(k) if isinstance(entry, dict) else None for k in ("text", "messages")
     )
     if isinstance(text, str) and messages is None:
-        tokens = tokenizer(text)["input_ids"]
-        return Sample(tuple(tokens), max(1, len(tokens) // 4))
+        return {"text": text}
     if text is None and _is_chat(messages):
-        return _chat_sample(messages, tokenizer, where)
+        return {"messages": messages}
     raise ConfigError(
         f'{where}: needs either "text", a string, or "messages", a list of objects with '
         '"role" and "content"'
     )
+
+
+def _sample(entry: dict[str, Any], tokenizer: Any, where: str) -> Sample:
+    if "text" in entry:
+        tokens = tokenizer(entry["text"])["input_ids"]
+        return Sample(tuple(tokens), max(1, len(tokens) // 4))
+    return _chat_sample(entry["messages"], tokenizer, where)
 
 
 def _is_chat(messages: Any) -> TypeGuard[list[dict[str, str]]]:

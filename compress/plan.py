@@ -20,9 +20,9 @@ from deltaserve.artifact.codecs.nm24 import Nm24Params
 from deltaserve.artifact.codecs.params import parse_params
 from deltaserve.artifact.codecs.raw import RawParams
 from deltaserve.artifact.codecs.rows import RowsParams, changed_rows
-from deltaserve.artifact.codecs.sum import SumParams
 from deltaserve.artifact.codecs.xor import XorParams
 from deltaserve.compress.dare import DropParams
+from deltaserve.compress.delta_come import BandParams
 from deltaserve.compress.gptq import Solver
 from deltaserve.errors import CodecError, ConfigError
 
@@ -39,7 +39,7 @@ SETTINGS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     "lowrank": (LowRankParams, ("rank", "bits")),
     "nf4": (Nf4Params, ()),
     "sparse": (DropParams, ("keep", "random", "seed")),
-    "sum": (SumParams, ("terms",)),
+    "sum": (BandParams, ("terms", "share")),
 }
 
 

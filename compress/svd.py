@@ -3,7 +3,7 @@
 With H = L L.T the Hessian of the inputs, the best u v of a rank in tr((d - u v) H (d - u v).T)
 is the truncated SVD of d L, with v = v' L^-1 (SVD-LLM, Wang et al., ICLR 2025). At given bits
 the factors are quantised one after the other with error feedback, u for the v that was stored
-(mixed-precision bands: Delta-CoMe, Ping et al., NeurIPS 2024, are terms of a ``sum``).
+(bands at bits of their own: ``delta_come``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from deltaserve.artifact.codecs.base import Encoded, difference, matrix_shape
-from deltaserve.artifact.codecs.lowrank import LowRankCodec, LowRankParams, leading_svd
+from deltaserve.artifact.codecs.lowrank import LowRankCodec, LowRankParams
 from deltaserve.artifact.codecs.quantise import SCALE_DTYPE, Plane
 from deltaserve.compress.gptq import Quantised, Solver, calibrated
 from deltaserve.compress.hessian import Hessian
@@ -47,7 +47,7 @@ def weighted_svd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """u [N, r] and v [r, K], as large as each other in each direction."""
     lower_KK = hessian.root()
-    u_NR, s_R, w_RK = leading_svd(delta_NK @ lower_KK, rank)
+    u_NR, s_R, w_RK = hessian.leading(delta_NK, rank)
     v_RK = torch.linalg.solve_triangular(lower_KK, w_RK, upper=False, left=False)
     # Half of the magnitude on each side keeps small deltas away from fp16's underflow.
     size_R = v_RK.norm(dim=1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,29 +28,39 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class FileRef:
+    """digest: "sha256:..." of a file's bytes; size: how many they are."""
+
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Text:
-    """Sequences and where they came from."""
+    """Sequences and where they came from. file: None if the fine-tune wrote them."""
 
     samples: tuple[Sample, ...]
     source: str
     seed: int
+    file: FileRef | None = None
 
     def ref(self) -> TextRef:
         """What a manifest says about this text."""
         lines = "".join(f"{' '.join(map(str, s.tokens))}\n" for s in self.samples)
         digest = "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
         tokens = sum(len(s.tokens) for s in self.samples)
-        return TextRef(self.source, digest, len(self.samples), tokens, self.seed)
+        ref = TextRef(self.source, digest, len(self.samples), tokens, self.seed)
+        if self.file is None:
+            return ref
+        return replace(ref, file_digest=self.file.digest, file_bytes=self.file.size)
 
     def split(self, held_out: int) -> tuple[Text, Text]:
         """The text without every ``held_out``-th sequence, and those; one sequence is both."""
         if len(self.samples) < held_out:
             return self, self
         kept = tuple(s for i, s in enumerate(self.samples, 1) if i % held_out)
-        return (
-            Text(kept, self.source, self.seed),
-            Text(self.samples[held_out - 1 :: held_out], self.source, self.seed),
-        )
+        held = self.samples[held_out - 1 :: held_out]
+        return replace(self, samples=kept), replace(self, samples=held)
 
 
 def batches(
