@@ -70,6 +70,12 @@ class Chosen:
     picks: Mapping[str, Candidate] = field(default_factory=dict)
     note: str = ""
 
+    @property
+    def exact(self) -> bool:
+        """Whether base + delta is the fine-tune, bit for bit; an adapter is as good as that."""
+        every = self.manifest.tensors.values()
+        return self.manifest.source.kind == "lora" or all(entry.error == 0 for entry in every)
+
 
 @dataclass(frozen=True)
 class _Attempt:

@@ -22,6 +22,9 @@ from deltaserve.compress.store import Destination, Origin, adapter_changes, sour
 from deltaserve.compress.textsource import TextOptions
 from deltaserve.errors import ConfigError
 
+# zstd's, for the lossless preset: at most the size of zstd -19 on the XOR of the two files.
+SMALLEST = 19
+
 
 @dataclass(frozen=True)
 class Target:
@@ -137,7 +140,9 @@ def _steps(
     tuned, note = Checkpoint.open(model), ""
     names = check_compatible(origin.checkpoint, tuned)
     if request.goal is not None and request.goal.lossless:
-        request = replace(request, goal=None, options=None, plan=make_plan("xor"))
+        request = replace(
+            request, goal=None, options=None, plan=make_plan("xor", {"level": SMALLEST})
+        )
     elif request.goal is not None and tuned.architecture not in ARCHITECTURES:
         note = f"{tuned.architecture} cannot be calibrated: rounded plainly to 2 bits, not checked"
         request = replace(request, goal=None, options=None)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from deltaserve.cli import compress_options as options
 from deltaserve.cli.progress import progress_bar, stop_on_sigterm
 
 if TYPE_CHECKING:
@@ -17,107 +17,37 @@ if TYPE_CHECKING:
     from deltaserve.compress.textsource import TextOptions
 
 MISSED = 1
-ARGUMENT_BASE = typer.Argument(metavar="BASE", help="Directory or hub id of the base model.")
-ARGUMENT_MODEL = typer.Argument(
-    metavar="MODEL...", help="Directories or hub ids of fine-tunes, or PEFT LoRA adapters."
-)
 
 
 def run(
-    base: Annotated[str, ARGUMENT_BASE],
-    model: Annotated[list[str], ARGUMENT_MODEL],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", "-o", help="New directory for the delta; for several models, of them all."
-        ),
-    ],
-    preset: Annotated[
-        str | None,
-        typer.Option(help="lossless, quality, balanced (default) or small."),
-    ] = None,
-    target_ratio: Annotated[
-        float | None, typer.Option(help="Fine-tune / delta in memory: the best at this size.")
-    ] = None,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(help="Most divergence from the fine-tune, nats per token: the smallest such."),
-    ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Show what every tensor could be stored in, and why.")
-    ] = False,
-    plain: Annotated[
-        bool,
-        typer.Option(
-            "--plain", help="No text, no check: round to 2 bits, a few tensors at a time."
-        ),
-    ] = False,
-    codec: Annotated[
-        str | None,
-        typer.Option(
-            help="For linear layers: int (default), nm24, lowrank, sparse, nf4, rows; "
-            "raw and xor are lossless and apply to every parameter."
-        ),
-    ] = None,
-    bits: Annotated[
-        int | None, typer.Option(help="1, 2, 3, 4 or 8 bits per value, or per factor's value.")
-    ] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Values that share a scale; 0 = a whole row.")
-    ] = None,
-    planes: Annotated[
-        int | None, typer.Option(help="int: further planes quantise what is left over.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="lowrank: rank of the factors.")] = None,
-    keep: Annotated[
-        float | None, typer.Option(help="sparse: share of values kept, the others dropped.")
-    ] = None,
-    asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="int: zero points; exact zeros stay zero.")
-    ] = False,
-    scale_axis: Annotated[
-        str | None, typer.Option(help="int: group (default), row, column or tensor.")
-    ] = None,
-    clip: Annotated[
-        str | None, typer.Option(help="mse (default) or absmax: how scales are chosen.")
-    ] = None,
-    embedding_codec: Annotated[
-        str | None, typer.Option(help="For embedding and head: rows, int, raw, ...")
-    ] = None,
-    embedding_bits: Annotated[
-        int | None, typer.Option(help="For embedding and head; codec int unless named.")
-    ] = None,
-    calibrate: Annotated[
-        bool,
-        typer.Option("--calibrate", help="Fit codes and factors to what the layers read."),
-    ] = False,
-    act_order: Annotated[
-        bool | None,
-        typer.Option(help="Decide columns with large inputs first when calibrating (default)."),
-    ] = None,
-    distil: Annotated[
-        int | None,
-        typer.Option(
-            help="Then fit the scales to the fine-tune's logits, so many steps; "
-            "holds the whole model in memory."
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Calibrate on this JSONL of text or messages; else on the fine-tune's own words."
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Sequences of calibration text.")] = 64,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Longest of them in tokens; longer ones are cut.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the calibration text.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to calibrate: cpu, cuda, ...")] = "cpu",
-    config: Annotated[
-        Path | None,
-        typer.Option(help="YAML patterns that choose per parameter; the first match wins."),
-    ] = None,
+    base: options.Base,
+    model: options.Models,
+    out: options.Out,
+    preset: options.Preset = None,
+    target_ratio: options.TargetRatio = None,
+    max_kl: options.MaxKl = None,
+    explain: options.Explain = False,
+    plain: options.Plain = False,
+    codec: options.Codec = None,
+    bits: options.Bits = None,
+    group_size: options.GroupSize = None,
+    planes: options.Planes = None,
+    rank: options.Rank = None,
+    keep: options.Keep = None,
+    asymmetric: options.Asymmetric = False,
+    scale_axis: options.ScaleAxis = None,
+    clip: options.Clip = None,
+    embedding_codec: options.EmbeddingCodec = None,
+    embedding_bits: options.EmbeddingBits = None,
+    config: options.Config = None,
+    calibrate: options.Calibrate = False,
+    act_order: options.ActOrder = None,
+    distil: options.Distil = None,
+    data: options.Data = None,
+    samples: options.Samples = 64,
+    seq_len: options.SeqLen = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
 ) -> int:
     """Compress fine-tunes of a base model into deltas.
 
@@ -134,61 +64,89 @@ def run(
 
     Then: deltaserve serve ./llama --delta sql=./sql-delta
     """
-    from deltaserve.cli.tables import print_candidates, print_summary
     from deltaserve.compress.goal import Goal
-    from deltaserve.compress.run import compress_many
     from deltaserve.compress.textsource import TextOptions
+
+    settings = {"bits": bits, "group_size": group_size, "planes": planes, "rank": rank,
+                "keep": keep, "symmetric": False if asymmetric else None,
+                "scale_axis": scale_axis, "clip": clip}  # fmt: skip
+    hand = _Hand(codec, _given(settings), embedding_codec, _given({"bits": embedding_bits}),
+                 config, act_order, calibrate)  # fmt: skip
+    wanted = any(each is not None for each in (preset, target_ratio, max_kl))
+    _check(wanted, hand, plain=plain, explain=explain)
+    towards_goal = wanted or not (hand or plain)
+    request = _request(
+        Goal(preset, target_ratio, max_kl) if towards_goal else None,
+        hand.plan() if hand else None,
+        TextOptions(data, samples, seq_len, seed),
+        measured=towards_goal or calibrate or (data is not None and not plain),
+        device=device,
+        distil=distil or 0,
+    )
+    return _compress(base, _targets(model, out), request, explain=explain)
+
+
+@dataclass(frozen=True)
+class _Hand:
+    """What the user chose; false if nothing."""
+
+    codec: str | None
+    linear: dict[str, Any]
+    embedding_codec: str | None
+    vocabulary: dict[str, Any]
+    config: Path | None
+    act_order: bool | None
+    calibrate: bool
+
+    def __bool__(self) -> bool:
+        return self.calibrate or self.chosen
+
+    @property
+    def chosen(self) -> bool:
+        return bool(
+            self.codec or self.linear or self.embedding_codec or self.vocabulary or self.config
+        )
+
+    def plan(self) -> Plan:
+        from deltaserve.compress.gptq import Solver
+        from deltaserve.compress.plan import load_rules, make_plan
+        from deltaserve.errors import ConfigError
+
+        if self.act_order is not None and not self.calibrate:
+            raise ConfigError("--act-order is about calibration: add --calibrate")
+        rules = load_rules(self.config) if self.config else ()
+        solver = Solver(order=self.act_order is not False)
+        return make_plan(
+            self.codec, self.linear, self.embedding_codec, self.vocabulary, rules, solver
+        )
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _check(wanted: bool, hand: _Hand, *, plain: bool, explain: bool) -> None:
+    """Raises ConfigError for options that exclude each other."""
     from deltaserve.errors import ConfigError
 
-    settings = {
-        "bits": bits,
-        "group_size": group_size,
-        "planes": planes,
-        "rank": rank,
-        "keep": keep,
-        "symmetric": False if asymmetric else None,
-        "scale_axis": scale_axis,
-        "clip": clip,
-    }
-    linear: dict[str, Any] = {key: value for key, value in settings.items() if value is not None}
-    vocabulary = {} if embedding_bits is None else {"bits": embedding_bits}
-    by_hand = bool(codec or linear or embedding_codec or vocabulary or config)
-    wanted = preset is not None or target_ratio is not None or max_kl is not None
-    towards_goal = wanted or not (by_hand or calibrate or plain)
-    if plain and (by_hand or calibrate):
+    if plain and hand:
         raise ConfigError("--plain takes no codec and no calibration; drop it, or those")
-    if explain and not towards_goal:
-        raise ConfigError(
-            "--explain shows how --preset, --target-ratio or --max-kl choose: add one"
-        )
-    if wanted and (by_hand or calibrate or plain):
+    if wanted and (hand or plain):
         raise ConfigError(
             "--preset, --target-ratio and --max-kl choose the codecs themselves; "
             "drop them, or --plain, --calibrate, --codec and its settings"
         )
-    request = _request(
-        Goal(preset, target_ratio, max_kl) if towards_goal else None,
-        plan=_plan(codec, linear, embedding_codec, vocabulary, config, act_order, calibrate)
-        if by_hand or calibrate
-        else None,
-        options=TextOptions(data, samples, seq_len, seed),
-        measured=towards_goal or calibrate or data is not None,
-        device=device,
-        distil=distil or 0,
-    )
-    targets = _targets(model, out)
-    with stop_on_sigterm(), progress_bar() as progress:
-        found = compress_many(base, targets, request, progress)
-    for chosen, target in zip(found, targets, strict=True):
-        if explain and chosen.table is not None:
-            print_candidates(chosen)
-        print_summary(chosen, Path(target.out))
-    reports = [chosen.manifest.quality for chosen in found]
-    return 0 if all(quality is None or quality.passed for quality in reports) else MISSED
+    if explain and (hand or plain):
+        raise ConfigError(
+            "--explain shows how --preset, --target-ratio or --max-kl choose; drop it, or --plain, "
+            "--calibrate, --codec and its settings"
+        )
+    if hand.act_order is not None and not hand:
+        raise ConfigError("--act-order is about calibration: add --calibrate")
 
 
 def _request(
-    goal: Goal | None, plan: Plan | None, options: TextOptions, *, measured: bool, device: str,
+    goal: Goal | None, plan: Plan | None, text: TextOptions, *, measured: bool, device: str,
     distil: int,
 ) -> Request:  # fmt: skip
     """Options that need calibration are refused without it, not ignored."""
@@ -198,32 +156,14 @@ def _request(
 
     if distil < 0:
         raise ConfigError(f"--distil must be 1 or more steps, not {distil}")
-    if not measured and (options != TextOptions() or device != "cpu" or distil):
+    if goal is not None and goal.lossless:
+        measured = False
+    if not measured and (text != TextOptions() or device != "cpu" or distil):
         raise ConfigError(
-            "--samples, --seq-len, --seed, --device and --distil are for calibration: add "
-            "--calibrate, --preset, --target-ratio or --max-kl"
+            "--data, --samples, --seq-len, --seed, --device and --distil are for calibration: add "
+            "--calibrate, --preset (not lossless), --target-ratio or --max-kl"
         )
-    return Request(plan, goal, options if measured else None, device, distil)
-
-
-def _plan(
-    codec: str | None,
-    linear: dict[str, Any],
-    embedding_codec: str | None,
-    vocabulary: dict[str, Any],
-    config: Path | None,
-    act_order: bool | None,
-    calibrate: bool,
-) -> Plan:
-    from deltaserve.compress.gptq import Solver
-    from deltaserve.compress.plan import load_rules, make_plan
-    from deltaserve.errors import ConfigError
-
-    if act_order is not None and not calibrate:
-        raise ConfigError("--act-order is about calibration: add --calibrate")
-    rules = load_rules(config) if config else ()
-    solver = Solver(order=act_order is not False)
-    return make_plan(codec, linear, embedding_codec, vocabulary, rules, solver)
+    return Request(plan, goal, text if measured else None, device, distil)
 
 
 def _targets(models: list[str], out: Path) -> list[Target]:
@@ -240,3 +180,17 @@ def _targets(models: list[str], out: Path) -> list[Target]:
             f"two models are called {twice[0]}, and their deltas would be; compress one at a time"
         )
     return [Target(model, out / name) for model, name in zip(models, names, strict=True)]
+
+
+def _compress(base: str, targets: list[Target], request: Request, *, explain: bool) -> int:
+    from deltaserve.cli.tables import print_candidates, print_summary
+    from deltaserve.compress.run import compress_many
+
+    with stop_on_sigterm(), progress_bar() as progress:
+        found = compress_many(base, targets, request, progress)
+    for chosen, target in zip(found, targets, strict=True):
+        if explain and chosen.table is not None:
+            print_candidates(chosen)
+        print_summary(chosen, Path(target.out))
+    reports = [chosen.manifest.quality for chosen in found]
+    return 0 if all(quality is None or quality.passed for quality in reports) else MISSED

@@ -27,6 +27,8 @@ def print_summary(chosen: Chosen, out: Path) -> None:
         console.print(chosen.note, soft_wrap=True)
     if manifest.quality is not None:
         console.print(f"{verdict(manifest.quality)}, on held-out text")
+    elif not chosen.exact:
+        console.print("not compared with the fine-tune: deltaserve verify does that")
     console.print(f"wrote {out}", soft_wrap=True, highlight=False, markup=False)
 
 
