@@ -35,7 +35,7 @@ from deltaserve.errors import ArtifactError
 from deltaserve.kernels.delta_matmul import LaidOut
 
 HEAD = "lm_head"
-MERGEABLE = ("int", "nm24", "nf4")
+MERGEABLE = ("int", "nm24", "nf4", "sparse", "sum")
 
 
 @dataclass(frozen=True)
