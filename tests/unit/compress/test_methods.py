@@ -81,7 +81,7 @@ def test_the_terms_of_a_sum_mend_one_another():
     assert cost(both, d, h) < 0.8 * cost(alone, d, h)
     with pytest.raises(CodecError, match="'raw' cannot be a term"):
         get_codec("sum").encode(d, zero, terms=[{"codec": "raw"}])
-    for wrong in ([], [{"bits": 1}], [{"codec": "int", "bits": 9}]):
+    for wrong in ([{}], [{"bits": 1}], [{"codec": "int", "bits": 9}]):
         with pytest.raises((ConfigError, CodecError)):
             choice("sum", {"terms": wrong}, "x")
 
