@@ -22,7 +22,7 @@ from deltaserve.bench.simulate.simulate import simulate
 from deltaserve.bench.simulate.system import Measured, System
 from deltaserve.errors import ConfigError
 
-ROUNDS = 5
+ROUNDS = 6
 FEWEST = 8
 """Looks at the server with steps between them, of which a line can be made."""
 COUNTERS = (
@@ -70,23 +70,31 @@ class Calibration:
 def calibrate(system: System, result: Mapping[str, Any]) -> Calibration:
     """Raises ConfigError: the result has not what is needed, or is of another system."""
     line, explained = fit_steps(result)
-    system = dataclasses.replace(system, measured=line, request_s=0.0, between_s=0.0)
     workload = _workload(result)
     wanted = _medians(result["summary"])
-    best: tuple[float, System, tuple[float, ...]] | None = None
+    system = dataclasses.replace(system, measured=line, request_s=0.0, between_s=0.0)
+    system = _between_steps(system, workload, wanted[1])
+    found = _medians(_simulated(system, workload))
+    if found[0] < wanted[0]:
+        system = dataclasses.replace(system, request_s=wanted[0] - found[0])
+        found = _medians(_simulated(system, workload))
+    ratios = [a / b for a, b in zip(found, wanted, strict=True)]
+    return Calibration(system, explained, *ratios)
+
+
+def _between_steps(system: System, workload: Workload, tpot: float) -> System:
+    """With the time between two steps that gives this median TPOT, found by bisection: where
+    requests queue, a little more of it makes TPOT much longer."""
+    low, high = 0.0, tpot - _medians(_simulated(system, workload))[1]
+    if high <= 0:
+        return system
     for _ in range(ROUNDS):
-        found = _simulated(system, workload)
-        error = abs(found[0] / wanted[0] - 1) + abs(found[1] / wanted[1] - 1)
-        if best is None or error < best[0]:
-            best = error, system, found
-        system = dataclasses.replace(
-            system,
-            request_s=max(0.0, system.request_s + wanted[0] - found[0]),
-            between_s=max(0.0, system.between_s + wanted[1] - found[1]),
-        )
-    assert best is not None
-    ratios = [a / b for a, b in zip(best[2], wanted, strict=True)]
-    return Calibration(best[1], explained, *ratios)
+        middle = dataclasses.replace(system, between_s=(low + high) / 2)
+        if _medians(_simulated(middle, workload))[1] < tpot:
+            low = middle.between_s
+        else:
+            high = middle.between_s
+    return dataclasses.replace(system, between_s=(low + high) / 2)
 
 
 def fit_steps(result: Mapping[str, Any]) -> tuple[Measured, float]:
@@ -142,8 +150,8 @@ def _workload(result: Mapping[str, Any]) -> Workload:
     return make_workload(content, "the result's workload")
 
 
-def _simulated(system: System, workload: Workload) -> tuple[float, float, float]:
-    return _medians(document(simulate(system, workload, lambda name, run: None))["summary"])
+def _simulated(system: System, workload: Workload) -> Mapping[str, Any]:
+    return document(simulate(system, workload, lambda name, run: None))["summary"]
 
 
 def _medians(summary: Mapping[str, Any]) -> tuple[float, float, float]:

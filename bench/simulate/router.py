@@ -8,8 +8,8 @@ popular delta spreads over as many engines as it needs, always the same ones.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import zlib
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -39,5 +39,10 @@ class Router:
         if self._how == "least_loaded" or count == 1:
             return least
         limit = SLACK * (sum(loads) + 1) / count
-        order = sorted(range(count), key=lambda i: zlib.crc32(f"{model}/{i}".encode()))
+        order = sorted(range(count), key=lambda i: _rank(model, i))
         return next((i for i in order if loads[i] + 1 <= limit), least)
+
+
+def _rank(model: str, engine: int) -> bytes:
+    # Not a checksum: of those, that of the last character would decide for all models alike.
+    return hashlib.blake2b(f"{model}/{engine}".encode(), digest_size=8).digest()
