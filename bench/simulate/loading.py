@@ -11,7 +11,7 @@ from deltaserve.artifact.reader import Delta
 from deltaserve.bench.simulate.system import GB, System
 from deltaserve.bench.simulate.virtual import StepClock
 from deltaserve.engine.loader import THREADS, Done, Job
-from deltaserve.engine.operands import Needs, Operands
+from deltaserve.engine.operands import Image, Needs, Operands
 from deltaserve.engine.probe import Savings
 from deltaserve.engine.versions import DeltaVersion, State
 
@@ -37,6 +37,8 @@ class Weightless:
 class Store:
     """The source, maker and gauge of ``Parts``."""
 
+    copies = False
+
     def __init__(self, system: System) -> None:
         deltas = system.deltas
         size = deltas.bytes_of(deltas.device_gb)
@@ -61,8 +63,11 @@ class Store:
     def needs(self, delta: Delta) -> Needs:
         return self.needs_of_all
 
-    def make(self, delta: Delta) -> Operands:
+    def make(self, image: Image) -> Operands:
         return cast(Operands, Weightless(self.needs_of_all.device_bytes))
+
+    def copy(self, operands: Operands) -> Operands:
+        raise AssertionError("host memory keeps what was read, in a simulation")
 
     def merge(self, delta: Delta) -> Operands:
         raise AssertionError("nothing is merged in a simulation")

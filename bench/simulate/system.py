@@ -16,7 +16,7 @@ import yaml
 
 from deltaserve.bench.load.schema import build, not_negative, positive
 from deltaserve.config import EngineConfig
-from deltaserve.engine.memory import CPU_SHARE, GPU_SHARE
+from deltaserve.engine.memory import CPU_SHARE, GPU_RESERVE, divide
 from deltaserve.errors import ConfigError
 from deltaserve.yaml_file import read_yaml
 
@@ -198,12 +198,15 @@ def plan_room(system: System) -> Room:
         )
     length = config.max_model_len or base.context
     useful = config.max_num_seqs * -(-length // config.block_size) * config.block_size
-    kv = config.kv_cache_memory_bytes or min(int(free * GPU_SHARE), useful * base.kv_bytes)
-    deltas = config.delta_memory_bytes or int((free - kv) * 2 * CPU_SHARE)
+    useful *= base.kv_bytes
+    need = system.deltas.bytes_of(system.deltas.device_gb)
+    unused = int(device.memory_gb * GB * device.count * (1 - config.gpu_memory_utilization))
+    budget = max(0, free - unused - GPU_RESERVE)
+    kv, deltas = divide(config, budget, useful, need * system.deltas.count, "cuda")
+    kv = min(kv, useful)
     length = min(length, kv // (base.kv_bytes * config.block_size) * config.block_size)
     if length < config.block_size:
         raise ConfigError(f"{system.name}: the KV cache has {kv} bytes, too few for a block")
-    need = system.deltas.bytes_of(system.deltas.device_gb)
     if system.deltas.count and need > deltas:
         raise ConfigError(
             f"{system.name}: a delta has {need / GB:.2f} GB, but {deltas / GB:.2f} are left for "
