@@ -1,0 +1,157 @@
+// The page around the views: tabs, the server's state, keys.
+
+import { ApiError, words } from "./api.js";
+import { beat, connection, Loop, watch } from "./connection.js";
+import { h, set, text } from "./dom.js";
+import { identify, needsKey, openKeys, summary } from "./keys.js";
+import { access, session } from "./session.js";
+import { models } from "./view_models.js";
+import { overview } from "./view_overview.js";
+import { playground } from "./view_playground.js";
+import { tenants } from "./view_tenants.js";
+
+const VIEWS = [overview, models, tenants, playground];
+const byId = (id) => document.getElementById(id);
+const main = byId("main");
+let current = null;
+let built = null;
+
+// -- tabs -----------------------------------------------------------------------------------
+
+function buildTabs() {
+  for (const view of VIEWS) {
+    view.tab = h("button", {
+      type: "button", role: "tab", id: `tab-${view.id}`, "aria-controls": `panel-${view.id}`,
+      on: { click: () => choose(view) },
+    }, view.title());
+    view.panel = h("section", { role: "tabpanel", id: `panel-${view.id}`, "aria-labelledby": view.tab.id, hidden: true });
+    view.loop = new Loop(() => turn(view), view.seconds, (error) => troubled(view, error));
+    byId("tabs").append(view.tab);
+    main.append(view.panel);
+  }
+  byId("tabs").addEventListener("keydown", arrows);
+  addEventListener("hashchange", () => choose(fromAddress()));
+}
+
+const fromAddress = () => VIEWS.find(({ id }) => location.hash === `#${id}`) ?? overview;
+
+function arrows(event) {
+  const at = VIEWS.indexOf(current);
+  const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: VIEWS.length - 1 }[event.key];
+  if (next === undefined) return;
+  event.preventDefault();
+  choose(VIEWS[(next + VIEWS.length) % VIEWS.length]);
+  current.tab.focus();
+}
+
+function choose(view) {
+  if (view === current) return;
+  if (current && !current.always) current.loop.stop();
+  current = view;
+  for (const other of VIEWS) {
+    const chosen = other === view;
+    set(other.tab, "aria-selected", String(chosen));
+    set(other.tab, "tabindex", chosen ? "0" : "-1");
+    other.panel.hidden = !chosen;
+  }
+  if (location.hash !== `#${view.id}`) history.replaceState(null, "", `#${view.id}`);
+  document.title = `${view.title()} · DeltaServe`;
+  view.tab.scrollIntoView?.({ block: "nearest", inline: "nearest" });
+  view.loop.start();
+}
+
+// -- what may be seen -----------------------------------------------------------------------
+
+const ask = () => openKeys(rebuild);
+
+// Which parts there are depends on whose keys are held. What is there and stays is left alone:
+// somebody may be reading it.
+async function rebuild() {
+  const may = access();
+  showHead();
+  const kind = JSON.stringify([session.mode, may, session.tenant?.tenant.id]);
+  if (kind !== built) build(may);
+  built = kind;
+  await Promise.all(VIEWS.filter((view) => view === current || view.always).map((view) => view.loop.start()));
+}
+
+function build(may) {
+  for (const view of VIEWS) {
+    view.loop.stop();
+    text(view.tab, view.title());
+    const parts = view.allowed(may) ? view.build({ ask, reload: () => view.loop.now() }) : [needsKey(view.why, ask)];
+    view.panel.replaceChildren(...parts);
+    view.working = view.allowed(may);
+  }
+}
+
+async function turn(view) {
+  if (!view.working) return;
+  await view.refresh();
+  view.trouble = null;
+  showBanner();
+}
+
+function troubled(view, error) {
+  if (error instanceof ApiError && error.status === 401) {
+    identify().then(rebuild, () => {}); // it was revoked, or has expired
+    return;
+  }
+  if (!(error instanceof ApiError)) console.error(error);
+  view.trouble = words(error);
+  showBanner();
+}
+
+// -- the server's state ---------------------------------------------------------------------
+
+function showHead() {
+  text(byId("version"), session.version ?? "");
+  text(byId("keys"), summary());
+  byId("keys").hidden = session.mode === null || session.mode === "none";
+  const [kind, said] = stateInWords();
+  const place = byId("server-state");
+  place.className = `server-state ${kind}`;
+  text(place, said);
+}
+
+function stateInWords() {
+  if (connection.state === "connecting") return ["", "Connecting …"];
+  if (connection.state === "lost") return ["bad", "Disconnected"];
+  return connection.ready ? ["ok", "Ready"] : ["warn", "Not ready"];
+}
+
+const retry = h("button", { type: "button", class: "button small", on: { click: () => beat() } }, "Try now");
+const bannerWords = h("span");
+
+function showBanner() {
+  const banner = byId("banner");
+  if (!bannerWords.isConnected) banner.append(bannerWords, retry);
+  const lost = connection.state === "lost";
+  const unready = connection.state === "online" && connection.ready === false;
+  const trouble = current?.trouble;
+  let said = "";
+  if (lost) said = "Disconnected from the server. What you see is from before; it is asked again on its own, less often each time.";
+  else if (unready) said = `The server takes no requests at present: ${connection.reason}`;
+  else if (trouble) said = trouble;
+  text(bannerWords, said);
+  retry.hidden = !lost;
+  banner.hidden = !said;
+  document.body.classList.toggle("lost", lost);
+}
+
+function changed() {
+  showHead();
+  showBanner();
+}
+
+async function restored() {
+  await identify();
+  connection.state = "online"; // the views may ask
+  await rebuild();
+}
+
+byId("keys").addEventListener("click", ask);
+buildTabs();
+choose(fromAddress());
+showHead();
+watch({ changed, restored });
