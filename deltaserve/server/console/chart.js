@@ -16,20 +16,21 @@ export function lineChart({ title, unit, series, show, tick = show, seconds, lea
   const cursor = svg("g", { class: "cursor", visibility: "hidden" });
   const picture = svg("svg", { class: "plot", "aria-hidden": "true", focusable: "false" }, grid, lines, cursor);
   const values = series.map(() => h("b", {}, NONE));
-  const when = h("span", { class: "when" }, "now");
+  const when = h("span");
   const legend = h("ul", { class: "legend" },
     series.map(({ label, className }, index) =>
       h("li", {}, h("i", { class: `swatch ${className}`, "aria-hidden": "true" }), `${label} `, values[index])),
-    h("li", {}, when));
+    h("li", {}, when)); // only while a value of before is read
   const spoken = h("p", { class: "unseen", "aria-live": "polite" });
+  const summary = h("p", { class: "unseen", id: newId("summary") }); // the chart in words
   const empty = h("p", { class: "chart-empty" }, "Nothing yet: it begins with the next request.");
   const heading = h("h3", { id: newId("chart") }, title, " ", h("small", {}, unit));
   const area = h("div", {
     class: "chart-area", tabindex: "0", role: "group", "aria-labelledby": heading.id,
-    "aria-description": "A chart over time. Left and right arrow keys read its values.",
+    "aria-describedby": summary.id,
     on: { pointermove, pointerleave: () => move(null), keydown, blur: () => move(null) },
   }, picture, empty);
-  const node = h("figure", { class: "card chart" }, h("figcaption", {}, heading, legend), area, spoken);
+  const node = h("figure", { class: "card chart" }, h("figcaption", {}, heading, legend), area, summary, spoken);
   new ResizeObserver(([entry]) => {
     const found = Math.round(entry.contentRect.width);
     if (found && found !== width) {
@@ -39,7 +40,9 @@ export function lineChart({ title, unit, series, show, tick = show, seconds, lea
   }).observe(area);
 
   const end = () => points.at(-1)?.time ?? 0;
-  const x = (time) => EDGE.left + (1 - (end() - time) / seconds) * (width - EDGE.left - EDGE.right);
+  // The axis grows with what is known, up to `seconds`.
+  const span = () => Math.min(Math.max(end() - (points[0]?.time ?? 0), 60), seconds);
+  const x = (time) => EDGE.left + (1 - (end() - time) / span()) * (width - EDGE.left - EDGE.right);
   const has = (point) => series.some(({ key }) => typeof point[key] === "number");
 
   function top() {
@@ -62,12 +65,10 @@ export function lineChart({ title, unit, series, show, tick = show, seconds, lea
       yield svg("line", { x1: EDGE.left, x2: width - EDGE.right, y1: y(value), y2: y(value) });
       yield svg("text", { x: EDGE.left - 8, y: y(value) + 4, "text-anchor": "end" }, tick(value));
     }
-    const minutes = seconds / 60;
-    const every = width < 420 ? 2 : 1;
-    for (let minute = 0; minute <= minutes; minute += every) {
-      const label = minute === 0 ? "now" : `−${minute} min`;
-      const anchor = minute === 0 ? "end" : minute === minutes ? "start" : "middle";
-      yield svg("text", { x: x(end() - 60 * minute), y: HEIGHT - 7, "text-anchor": anchor }, label);
+    const every = span() < 120 ? 30 : width < 420 ? 120 : 60;
+    for (let past = 0; past <= span(); past += every) {
+      const label = past === 0 ? "now" : past % 60 ? `−${past} s` : `−${past / 60} min`;
+      yield svg("text", { x: x(end() - past), y: HEIGHT - 7, "text-anchor": past === 0 ? "end" : "middle" }, label);
     }
   }
 
@@ -90,7 +91,7 @@ export function lineChart({ title, unit, series, show, tick = show, seconds, lea
   function mark(y) {
     const point = at === null ? points.findLast(has) : points.find(({ time }) => time === at);
     series.forEach(({ key }, index) => text(values[index], point ? show(point[key]) : NONE));
-    text(when, at === null || !point ? "now" : `${Math.round(end() - point.time)} s ago`);
+    text(when, at === null || !point ? "" : `${Math.round(end() - point.time)} s ago`);
     set(cursor, "visibility", at === null || !point ? "hidden" : "visible");
     if (at === null || !point) return;
     const place = x(point.time);
@@ -98,6 +99,15 @@ export function lineChart({ title, unit, series, show, tick = show, seconds, lea
       svg("circle", { class: className, cx: place, cy: y(point[key]), r: 4 }));
     cursor.replaceChildren(
       svg("line", { x1: place, x2: place, y1: EDGE.top, y2: HEIGHT - EDGE.bottom }), ...dots);
+  }
+
+  function describe() {
+    const parts = series.map(({ key, label }) => {
+      const known = points.map((point) => point[key]).filter((value) => typeof value === "number");
+      if (!known.length) return `${label}: nothing yet`;
+      return `${label}: now ${show(known.at(-1))}, from ${show(Math.min(...known))} to ${show(Math.max(...known))}`;
+    });
+    text(summary, `A chart of the last ${Math.round(span())} seconds. ${parts.join(". ")}. Left and right arrow keys read its values.`);
   }
 
   function move(time) {
@@ -132,6 +142,7 @@ export function lineChart({ title, unit, series, show, tick = show, seconds, lea
     points = given;
     if (!points.some(({ time }) => time === at)) at = null;
     draw();
+    describe();
   };
   return node;
 }

@@ -47,10 +47,10 @@ async function ask() {
     }
     again(BEAT_SECONDS);
   } catch (error) {
-    if (!(error instanceof OfflineError || error instanceof ApiError)) throw error;
     connection.state = "lost";
     again(Math.min(2 ** failures, LONGEST_WAIT));
     failures += 1;
+    if (!(error instanceof OfflineError || error instanceof ApiError)) throw error;
   }
   listeners.changed();
 }

@@ -30,7 +30,7 @@ export function open(title, content, { wide = false } = {}) {
   node.addEventListener("keydown", keepInside);
   document.body.append(node);
   node.showModal();
-  (node.querySelector("[autofocus]") ?? heading).focus();
+  (node.querySelector("[data-first]") ?? heading).focus();
   return { node, close: () => node.close(), closed };
 }
 
@@ -84,7 +84,7 @@ export function form({ content, action, danger = false, fields = {}, run, cancel
   }
 
   function complain(error) {
-    const place = fields[error.param];
+    const place = fields[error.param?.split(".")[0]]; // models.0 belongs to models
     if (place) {
       place.complain(words(error));
       place.control.focus();

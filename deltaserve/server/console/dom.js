@@ -20,7 +20,7 @@ function fill(node, { on = {}, ...attributes }, children) {
 
 // An attribute; false, null and undefined take it away. Properties where attributes mislead.
 export function set(node, name, value) {
-  if (name === "value" || name === "checked") {
+  if (node.localName !== "option" && (name === "value" || name === "checked")) {
     if (node[name] !== value) node[name] = value;
   } else if (value === false || value === null || value === undefined) {
     node.removeAttribute(name);

@@ -51,12 +51,10 @@ export function summary() {
   return held.length ? held.join(" + ") : "Enter a key";
 }
 
-// changed(): after each key that came or went.
-export function openKeys(changed) {
-  const held = h("div", { class: "held" });
-  const input = h("input", { type: "password", autocomplete: "off", spellcheck: "false", autofocus: true, maxlength: 500 });
-  const entry = field({ label: "Key", control: input, hint: explanation() });
-  const form = dialog.form({ content: entry, action: "Use this key", run: add });
+// Asks for a key. done(): once one was taken and is kept.
+function keyForm(done) {
+  const input = h("input", { type: "password", autocomplete: "off", spellcheck: "false", "data-first": true, maxlength: 500 });
+  const entry = field({ label: "API key", control: input, hint: explanation() });
 
   async function add() {
     const key = input.value.trim();
@@ -75,15 +73,32 @@ export function openKeys(changed) {
       return input.focus();
     }
     input.value = "";
-    show();
+    await done();
+  }
+
+  return dialog.form({ content: entry, action: "Use this key", run: add });
+}
+
+const PROMISE = "Keys stay in this browser tab until you close it or forget them. They are sent to this server only, in the Authorization header.";
+
+// The page of somebody who has no key yet.
+export function signIn(changed) {
+  return h("div", { class: "card sign-in" },
+    h("h2", { tabindex: "-1" }, "Sign in"), keyForm(changed), h("p", { class: "hint" }, PROMISE));
+}
+
+// changed(): after each key that came or went.
+export function openKeys(changed) {
+  const held = h("div", { class: "held" });
+  const form = keyForm(async () => {
     await changed();
     opened.close();
-  }
+  });
 
   async function drop(slot) {
     forget(slot);
+    if (!access().see) opened.close(); // the page asks for one itself
     show();
-    input.focus();
     await changed();
   }
 
@@ -96,13 +111,11 @@ export function openKeys(changed) {
       return h("div", { class: "held-key" }, chip("ok", name), facts, remove);
     });
     held.replaceChildren(...rows);
+    form.querySelector("input").focus();
   }
 
+  const opened = dialog.open("Keys", [h("p", {}, PROMISE), held, form]);
   show();
-  const opened = dialog.open("Keys", [
-    h("p", {}, "Keys stay in this browser tab until you close it or forget them. They are sent to this server only, in the Authorization header."),
-    held, form,
-  ]);
 }
 
 function explanation() {
@@ -110,9 +123,9 @@ function explanation() {
   return "The admin key shows and manages everything, but cannot generate. A tenant's key shows the tenant's models and usage, and opens the playground. You can use one of each at once.";
 }
 
-export function needsKey(what, openDialog) {
+export function needsKey(title, what, openDialog) {
   return h("div", { class: "empty card" },
-    h("h2", { tabindex: "-1" }, "A key is needed"),
+    h("h2", { tabindex: "-1" }, title),
     h("p", {}, what),
     h("button", { type: "button", class: "button primary", on: { click: openDialog } }, "Enter a key"));
 }

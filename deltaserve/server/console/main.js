@@ -3,25 +3,28 @@
 import { ApiError, words } from "./api.js";
 import { beat, connection, Loop, watch } from "./connection.js";
 import { h, set, text } from "./dom.js";
-import { identify, needsKey, openKeys, summary } from "./keys.js";
+import { identify, needsKey, openKeys, signIn, summary } from "./keys.js";
 import { access, session } from "./session.js";
+import { live } from "./view_live.js";
 import { models } from "./view_models.js";
-import { overview } from "./view_overview.js";
 import { playground } from "./view_playground.js";
 import { tenants } from "./view_tenants.js";
 
-const VIEWS = [overview, models, tenants, playground];
+const VIEWS = [models, tenants, live, playground];
 const byId = (id) => document.getElementById(id);
 const main = byId("main");
+const door = h("section", { id: "door" }, h("p", { class: "loading" }, "Connecting …")); // before there are views
 let current = null;
+let wanted = null; // the view that the address names
 let built = null;
 
 // -- tabs -----------------------------------------------------------------------------------
 
 function buildTabs() {
+  main.append(door);
   for (const view of VIEWS) {
     view.tab = h("button", {
-      type: "button", role: "tab", id: `tab-${view.id}`, "aria-controls": `panel-${view.id}`,
+      type: "button", role: "tab", id: `tab-${view.id}`, "aria-controls": `panel-${view.id}`, hidden: true,
       on: { click: () => choose(view) },
     }, view.title());
     view.panel = h("section", { role: "tabpanel", id: `panel-${view.id}`, "aria-labelledby": view.tab.id, hidden: true });
@@ -30,17 +33,21 @@ function buildTabs() {
     main.append(view.panel);
   }
   byId("tabs").addEventListener("keydown", arrows);
-  addEventListener("hashchange", () => choose(fromAddress()));
+  addEventListener("hashchange", () => {
+    wanted = fromAddress();
+    if (wanted && !wanted.tab.hidden) choose(wanted);
+  });
 }
 
-const fromAddress = () => VIEWS.find(({ id }) => location.hash === `#${id}`) ?? overview;
+const fromAddress = () => VIEWS.find(({ id }) => location.hash === `#${id}`);
 
 function arrows(event) {
-  const at = VIEWS.indexOf(current);
-  const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: VIEWS.length - 1 }[event.key];
+  const there = VIEWS.filter(({ tab }) => !tab.hidden);
+  const at = there.indexOf(current);
+  const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: there.length - 1 }[event.key];
   if (next === undefined) return;
   event.preventDefault();
-  choose(VIEWS[(next + VIEWS.length) % VIEWS.length]);
+  choose(there[(next + there.length) % there.length]);
   current.tab.focus();
 }
 
@@ -54,9 +61,12 @@ function choose(view) {
     set(other.tab, "tabindex", chosen ? "0" : "-1");
     other.panel.hidden = !chosen;
   }
+  document.title = `${view ? view.title() : "Sign in"} · DeltaServe`;
+  showBanner();
+  if (view === null) return;
+  wanted = view;
   if (location.hash !== `#${view.id}`) history.replaceState(null, "", `#${view.id}`);
-  document.title = `${view.title()} · DeltaServe`;
-  view.tab.scrollIntoView?.({ block: "nearest", inline: "nearest" });
+  view.tab.scrollIntoView({ block: "nearest", inline: "nearest" });
   view.loop.start();
 }
 
@@ -64,25 +74,36 @@ function choose(view) {
 
 const ask = () => openKeys(rebuild);
 
-// Which parts there are depends on whose keys are held. What is there and stays is left alone:
-// somebody may be reading it.
+// Which parts there are depends on whose keys are held: what they may not see is not there. What
+// is there and stays is left alone: somebody may be reading it.
 async function rebuild() {
   const may = access();
   showHead();
   const kind = JSON.stringify([session.mode, may, session.tenant?.tenant.id]);
   if (kind !== built) build(may);
   built = kind;
-  await Promise.all(VIEWS.filter((view) => view === current || view.always).map((view) => view.loop.start()));
+  await Promise.all(VIEWS.filter((view) => view === current || (view.always && view.working)).map((view) => view.loop.start()));
 }
 
 function build(may) {
   for (const view of VIEWS) {
     view.loop.stop();
-    text(view.tab, view.title());
-    const parts = view.allowed(may) ? view.build({ ask, reload: () => view.loop.now() }) : [needsKey(view.why, ask)];
-    view.panel.replaceChildren(...parts);
     view.working = view.allowed(may);
+    view.tab.hidden = !view.working && !view.missing?.(may);
+    text(view.tab, view.title());
+    view.panel.replaceChildren(...parts(view));
   }
+  byId("tabs-bar").hidden = !may.see;
+  door.hidden = may.see;
+  door.replaceChildren(...(may.see ? [] : [signIn(rebuild)]));
+  const there = VIEWS.filter(({ tab }) => !tab.hidden);
+  choose(may.see ? there.find((view) => view === wanted) ?? there[0] : null);
+  if (!may.see) door.querySelector("input").focus();
+}
+
+function parts(view) {
+  if (view.working) return view.build({ ask, reload: () => view.loop.now() });
+  return view.tab.hidden ? [] : [needsKey(view.title(), view.missing(access()), ask)];
 }
 
 async function turn(view) {
@@ -107,7 +128,7 @@ function troubled(view, error) {
 function showHead() {
   text(byId("version"), session.version ?? "");
   text(byId("keys"), summary());
-  byId("keys").hidden = session.mode === null || session.mode === "none";
+  byId("keys").hidden = session.mode === "none" || !access().see;
   const [kind, said] = stateInWords();
   const place = byId("server-state");
   place.className = `server-state ${kind}`;
@@ -152,6 +173,6 @@ async function restored() {
 
 byId("keys").addEventListener("click", ask);
 buildTabs();
-choose(fromAddress());
+wanted = fromAddress();
 showHead();
 watch({ changed, restored });

@@ -6,6 +6,10 @@ const SHOWN_MS = 7000;
 
 export function say(message, kind = "ok") {
   const toast = h("p", { class: `toast ${kind}` }, message);
-  document.getElementById("toasts").append(toast);
+  const place = document.getElementById("toasts");
+  place.append(toast);
+  // Shown anew, so that it lies above a dialog that was opened meanwhile.
+  place.hidePopover();
+  place.showPopover();
   setTimeout(() => toast.remove(), SHOWN_MS);
 }

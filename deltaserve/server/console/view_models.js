@@ -32,7 +32,6 @@ let actions = {};
 export const models = {
   id: "models",
   title: () => "Models",
-  why: "Models are listed for whoever may use them, or manages them.",
   seconds: 4,
   allowed: (may) => may.see,
   build,
@@ -50,16 +49,17 @@ function build(given) {
     : null;
   const heads = COLUMNS.map((column, index) => head(column, index));
   const rows = h("tbody", { role: "rowgroup" });
-  const more = h("button", { type: "button", class: "button", on: { click: showMore } });
-  const note = h("p", { class: "hint", role: "status" });
+  const more = h("button", { type: "button", class: "button", hidden: true, on: { click: showMore } });
+  const note = h("p", { class: "hint", role: "status" }, "Loading …");
   const empty = teach();
   const table = h("table", { role: "table", class: "cards" },
     h("caption", { class: "unseen" }, "Models"),
     h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, heads)), rows);
-  view = { filter, state, heads, rows, more, note, empty, table, sorted: 0, down: false, limit: PAGE };
+  const box = h("div", { class: "card flush", hidden: true }, table);
+  view = { filter, state, box, heads, rows, more, note, empty, table, sorted: 0, down: false, limit: PAGE };
   return [
     h("div", { class: "view-head" }, h("h2", { tabindex: "-1" }, "Models"), h("div", { class: "tools" }, filter, state, publish)),
-    h("div", { class: "card flush" }, table), note, more, empty,
+    box, note, more, empty,
   ];
 }
 
@@ -118,7 +118,8 @@ function draw() {
   const found = shown.filter((model) =>
     model.name.toLowerCase().includes(wanted) && (!view.state.value || model.state === view.state.value));
   const by = COLUMNS[view.sorted].sort;
-  found.sort((one, other) => compare(by(one), by(other)) * (view.down ? -1 : 1) || compare(one.name, other.name));
+  found.sort((one, other) =>
+    isBase(other) - isBase(one) || compare(by(one), by(other)) * (view.down ? -1 : 1) || compare(one.name, other.name));
   view.heads.forEach((node, index) =>
     set(node, "aria-sort", index === view.sorted ? (view.down ? "descending" : "ascending") : null));
   keyed(view.rows, found.slice(0, view.limit), (model) => model.name, row);
@@ -127,14 +128,18 @@ function draw() {
   const rest = found.length - view.limit;
   view.more.hidden = rest <= 0;
   text(view.more, `Show ${Math.min(rest, PAGE)} more of ${f.count(rest)}`);
+  view.box.hidden = !found.length;
   view.empty.hidden = !shown.length || deltas > 0;
 }
+
+const isBase = ({ parent }) => Number(parent === null); // always at the top
 
 const compare = (one, other) =>
   typeof one === "string" ? one.localeCompare(other, "en", { numeric: true }) : one - other;
 
 function wordsFor(found, deltas) {
-  if (shown.length && !found) return "No model matches: change the filter.";
+  if (!shown.length) return "No model is open to this key.";
+  if (!found) return "No model matches: change the filter.";
   const requests = access().usage ? "Requests count since the first record of usage." : "Requests count since the server started.";
   const sizes = shown.reduce((total, { parent, bytes }) => total + (parent !== null && bytes ? bytes.resident : 0), 0);
   return `${f.several(deltas, "delta")}${deltas ? `, ${f.bytes(sizes)} when all are in memory` : ""}. ${requests}`;
@@ -164,7 +169,8 @@ function row(model) {
 
 function size({ bytes, parent }) {
   if (!bytes) return [f.NONE];
-  const smaller = parent === null || !bytes.resident ? null : h("small", {}, ` ${f.short(bytes.full / bytes.resident)}× smaller`);
+  const ratio = bytes.full / bytes.resident;
+  const smaller = parent === null || !(ratio > 1.05) ? null : h("small", {}, ` ${f.short(ratio)}× smaller`);
   return [f.bytes(bytes.resident), smaller].filter(Boolean);
 }
 

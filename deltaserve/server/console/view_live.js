@@ -42,10 +42,9 @@ const TIERS = { device: "Deltas on the device", merged: "Merged with the base", 
 
 let tiles, charts, meters, kv;
 
-export const overview = {
-  id: "overview",
-  title: () => "Overview",
-  why: "The server's load is shown to whoever may read its metrics: the administrator, or the holder of its only key.",
+export const live = {
+  id: "live",
+  title: () => "Live",
   seconds: 2,
   always: true, // so that the charts have no holes when other views are looked at
   allowed: (may) => may.counters,
@@ -60,7 +59,7 @@ function build() {
   kv = meter("KV cache");
   meters = Object.entries(TIERS).map(([name, label]) => [name, meter(label)]);
   return [
-    h("h2", { class: "unseen", tabindex: "-1" }, "Overview"),
+    h("h2", { class: "unseen", tabindex: "-1" }, "Live"),
     h("dl", { class: "tiles" }, tiles),
     h("div", { class: "charts" }, charts),
     h("div", { class: "card memory" }, h("h3", {}, "Memory"), h("div", { class: "meters" }, kv, meters.map(([, node]) => node))),
