@@ -86,7 +86,8 @@ def test_answers_are_stopped_here_and_on_the_server(server, page):
     page.page.get_by_label("Max tokens").fill("240")
     page.button("Ask").click()
     page.page.wait_for_function(
-        "() => [...document.querySelectorAll('.answer-text')].filter((one) => one.textContent).length > 1"
+        "() => [...document.querySelectorAll('.answer-text')]"
+        ".filter((one) => one.textContent).length > 1"
     )
     page.button("Stop base").click()
     column(page, "base").get_by_text("Stopped by you").wait_for()
