@@ -6,6 +6,7 @@ rendered once more for each prefix that ends with an answer, and must then only 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from deltaserve.errors import PipelineError
@@ -14,6 +15,7 @@ from deltaserve.pipeline.rows import Row
 from deltaserve.pipeline.tokenizers import tokenizer_of
 
 Span = tuple[int, int]
+MARK = re.compile(r"\{%-?\s*generation\b")
 
 
 class ChatTemplate:
@@ -64,10 +66,8 @@ def render(
 
     Raises PipelineError if the template rewrites earlier turns, so that this cannot be told.
     """
-    if "generation" in tokenizer.chat_template and "{%" in tokenizer.chat_template:
-        marked = _marked(tokenizer, messages, options)
-        if marked is not None:
-            return marked
+    if MARK.search(tokenizer.chat_template):
+        return _marked(tokenizer, messages, options)
     text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     spans = []
     for number, message in enumerate(messages):
@@ -78,21 +78,19 @@ def render(
 
 def _marked(
     tokenizer: Any, messages: list[dict[str, Any]], options: dict[str, Any]
-) -> tuple[str, list[Span]] | None:
-    """What ``{% generation %}`` blocks say; None where the template has none."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+) -> tuple[str, list[Span]]:
+    """What ``{% generation %}`` blocks say."""
+    from transformers.utils import chat_template_utils
 
-    rendered, spans = render_jinja_template(
+    render: Any = chat_template_utils.render_jinja_template
+    texts, spans = render(
         conversations=[messages],
         chat_template=tokenizer.chat_template,
-        return_assistant_tokens_mask="{% generation" in tokenizer.chat_template
-        or "{%- generation" in tokenizer.chat_template,
+        return_assistant_tokens_mask=True,
         **options,
         **tokenizer.special_tokens_map,
     )
-    if not spans or not spans[0]:
-        return None
-    return rendered[0], [(int(start), int(end)) for start, end in spans[0]]
+    return texts[0], [(int(start), int(end)) for start, end in spans[0]]
 
 
 def _span(

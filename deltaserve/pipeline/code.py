@@ -77,7 +77,7 @@ def _feed(hashed: Any, value: Any, seen: set[int]) -> None:
         hashed.update(f"{getattr(value, '__module__', '')}.{value.__name__}".encode())
     elif value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         hashed.update(repr(value).encode())
-    elif callable(value) and hasattr(type(value), "__call__") and hasattr(value, "__dict__"):
+    elif callable(value) and hasattr(value, "__dict__"):
         seen.add(id(value))
         hashed.update(type(value).__qualname__.encode())
         _feed(hashed, type(value).__call__, seen)
@@ -95,12 +95,13 @@ def _feed_function(hashed: Any, function: types.FunctionType, seen: set[int]) ->
     for name in _names(function.__code__):
         used = function.__globals__.get(name)
         own = (getattr(used, "__module__", "") or "").partition(".")[0] == package
-        if isinstance(used, types.FunctionType) and own:
-            _feed(hashed, used, seen)
-        elif isinstance(used, (bool, int, float, str, tuple, dict, list)):
+        plain = isinstance(used, (bool, int, float, str, tuple, dict, list))
+        if plain or (isinstance(used, types.FunctionType) and own):
             _feed(hashed, used, seen)
 
 
 def _names(code: types.CodeType) -> list[str]:
-    inner = [name for each in code.co_consts if isinstance(each, types.CodeType) for name in _names(each)]
+    inner = [
+        name for each in code.co_consts if isinstance(each, types.CodeType) for name in _names(each)
+    ]
     return [*code.co_names, *inner]

@@ -63,7 +63,9 @@ def element(node: Any) -> Element:
         from deltaserve.pipeline.tokenizing import Tokenize
 
         return Tokenize(node)
-    return {"map": _Map, "filter": _Filter, "flat_map": _FlatMap}[node.op](node)
+    kinds: dict[str, Callable[[Any], Element]]
+    kinds = {"map": _Map, "filter": _Filter, "flat_map": _FlatMap}
+    return kinds[node.op](node)
 
 
 def chain(elements: Sequence[Element]) -> Element:

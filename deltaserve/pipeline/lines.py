@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,8 +43,14 @@ class LineFile:
 
     def read(self, at: int) -> bytes:
         """Line ``at`` (from 0, blank lines not counted), without its end."""
-        start = int(self._starts[at])
-        return os.pread(self._fd, int(self._ends[at]) - start, start).rstrip(b"\r\n")
+        start, end = int(self._starts[at]), int(self._ends[at])
+        try:
+            line = os.pread(self._fd, end - start, start)
+        except OSError as cause:
+            raise PipelineError(f"{self.where(at)} cannot be read: {cause.strerror}") from None
+        if len(line) < end - start:
+            raise PipelineError(f"{self.where(at)}: the file became shorter while it was read")
+        return line.rstrip(b"\r\n")
 
     def where(self, at: int) -> str:
         """File and line, for messages."""
@@ -54,6 +61,14 @@ class LineFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker gets the index, and opens the file itself.
+        return {**self.__dict__, "_fd": -1}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._fd = os.open(self.path, os.O_RDONLY)
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):

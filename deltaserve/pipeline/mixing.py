@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
@@ -19,6 +19,7 @@ SMALLEST_BLOCK = 256
 # So that no part's number of rows in a block can round to less than none.
 ROWS_OF_RAREST = 4
 LARGEST_BLOCK = 1 << 20
+KEPT_BLOCKS = 4
 # The size of a part that is repeated for ever.
 ENDLESS = sys.maxsize
 
@@ -33,11 +34,14 @@ class Schedule:
     def __init__(self, weights: Sequence[float], seed: int, phase: int) -> None:
         shares = np.asarray(weights, float) / sum(weights)
         rarest = min(share for share in shares if share > 0)
-        self._block = int(min(LARGEST_BLOCK, max(SMALLEST_BLOCK, math.ceil(ROWS_OF_RAREST / rarest))))
+        self._block = int(
+            min(LARGEST_BLOCK, max(SMALLEST_BLOCK, math.ceil(ROWS_OF_RAREST / rarest)))
+        )
         self._edges = np.concatenate([[0.0], np.cumsum(shares)])
         self._edges[-1] = 1.0
         self._seed, self._phase = seed, phase
-        self._order = lru_cache(maxsize=4)(self._draw)
+        # The last few blocks; threads may draw one twice, which does no harm.
+        self._drawn: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def part(self, position: int) -> tuple[int, int]:
         """The part that gives the row at ``position``, and how many it gave before."""
@@ -67,6 +71,15 @@ class Schedule:
         over = ranks >= size[parts]
         assert over.any()
         return low * self._block + int(np.argmax(over))
+
+    def _order(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        drawn = self._drawn.get(block)
+        if drawn is None:
+            drawn = self._draw(block)
+            if len(self._drawn) >= KEPT_BLOCKS:
+                self._drawn = {}
+            self._drawn[block] = drawn
+        return drawn
 
     def _before(self, block: int) -> np.ndarray:
         cuts = np.floor(self._edges * (block * self._block) + 0.5).astype(np.int64)
@@ -102,7 +115,7 @@ class Phases:
         if stop == "first" and not alive.all():
             return
         while alive.any():
-            schedule = Schedule(alive, seed, len(self._schedules))
+            schedule = Schedule(alive.tolist(), seed, len(self._schedules))
             self._schedules.append((schedule, taken.copy()))
             if all(size >= ENDLESS for size, weight in zip(left, alive, strict=True) if weight):
                 self._starts.append(ENDLESS)
@@ -127,3 +140,38 @@ class Phases:
         schedule, taken = self._schedules[phase]
         part, rank = schedule.part(position - self._starts[phase])
         return part, int(taken[part]) + rank
+
+
+class Turns:
+    """``block`` rows of each part in turn, until all have ended; a selection map like Phases."""
+
+    def __init__(self, sizes: Sequence[int], block: int) -> None:
+        left, taken = list(sizes), [0] * len(sizes)
+        # Of each stretch: its first position, the parts, their rows a round, those taken before.
+        self._stretches: list[tuple[int, list[int], list[int], list[int]]] = []
+        self._length = 0
+        while alive := [part for part, size in enumerate(left) if size > 0]:
+            rounds = min(left[part] for part in alive) // block
+            counts = [min(block, left[part]) for part in alive]
+            self._stretches.append((self._length, alive, counts, list(taken)))
+            # A last round in which some part gives less than a block is a stretch of its own.
+            rounds = max(1, rounds)
+            for part, count in zip(alive, counts, strict=True):
+                taken[part] += rounds * count
+                left[part] -= rounds * count
+            self._length += rounds * sum(counts)
+            if self._length >= ENDLESS:
+                break
+
+    def __len__(self) -> int:
+        return min(self._length, ENDLESS)
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        at = bisect_right(self._stretches, position, key=lambda stretch: stretch[0]) - 1
+        start, parts, counts, taken = self._stretches[at]
+        turn, within = divmod(position - start, sum(counts))
+        for part, count in zip(parts, counts, strict=True):
+            if within < count:
+                return part, taken[part] + turn * count + within
+            within -= count
+        raise AssertionError("a position lies within a round")

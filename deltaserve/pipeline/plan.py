@@ -31,7 +31,7 @@ class Node:
     params: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[Node, ...] = ()
     name: str = ""
-    attributes: Attributes = Attributes()
+    attributes: Attributes = field(default_factory=Attributes)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
@@ -78,9 +78,7 @@ class Plan:
     def from_tokens(cls, paths: Paths, *, length: int, dtype: str = "uint16") -> Plan:
         """Shards of token ids (.npy, or raw numbers of ``dtype``), memory-mapped; a row
         {"input_ids"} is ``length`` tokens of one shard, its last may be shorter."""
-        return cls(
-            _node("tokens", {"paths": _paths(paths), "length": int(length), "dtype": dtype})
-        )
+        return cls(_node("tokens", {"paths": _paths(paths), "length": int(length), "dtype": dtype}))
 
     @classmethod
     def from_index(cls, selection: str | Path | Sequence[Any], source: Plan) -> Plan:
@@ -97,14 +95,21 @@ class Plan:
         return cls(_node("index", {"selection": given}, (source.root,)))
 
     @classmethod
-    def mix(cls, parts: Mapping[Plan, float], seed: int = 0, *, stop: str = "all") -> Plan:
+    def mix(
+        cls,
+        parts: Mapping[Plan, float] | Sequence[tuple[Plan, float]],
+        seed: int = 0,
+        *,
+        stop: str = "all",
+    ) -> Plan:
         """Rows of several plans in proportion to their weights, in a seeded order.
 
         stop: "all" goes on with what is left when a part ends (no row is lost); "first" ends
         with the first part that ends.
         """
-        nodes = tuple(plan.root for plan in parts)
-        weights = tuple(float(weight) for weight in parts.values())
+        pairs = list(parts.items() if isinstance(parts, Mapping) else parts)
+        nodes = tuple(plan.root for plan, _ in pairs)
+        weights = tuple(float(weight) for _, weight in pairs)
         return cls(_node("mix", {"weights": weights, "seed": seed, "stop": stop}, nodes))
 
     @classmethod
@@ -182,7 +187,7 @@ class Plan:
         special_tokens: bool | None = None,
         name: str | None = None,
     ) -> Plan:
-        """"input_ids" (int32 [T]), and "loss_mask" (uint8 [T]) where "spans" are known.
+        """ "input_ids" (int32 [T]), and "loss_mask" (uint8 [T]) where "spans" are known.
 
         max_length: longer rows are cut. special_tokens: whether the tokenizer adds its own;
         by default only to text that no chat template made.
@@ -244,9 +249,10 @@ class Plan:
         return self._then("pack", params, None, name)
 
     def bucket(self, boundaries: Sequence[int], *, window: int = 64) -> Plan:
-        """Rows of similar length together, for the batches that follow; ``window`` batches are
-        arranged together."""
-        return self._then("bucket", {"boundaries": tuple(map(int, boundaries)), "window": window})
+        """Rows of similar length together, for the ``batch`` that must follow; ``window`` batches
+        are arranged together."""
+        params = {"boundaries": tuple(map(int, boundaries)), "window": int(window), "n": None}
+        return self._then("bucket", params)
 
     def batch(
         self,
@@ -260,7 +266,10 @@ class Plan:
         """``n`` rows stacked. pad: the id that fills shorter rows of tokens, up to the longest
         or to ``pad_to``."""
         params = {"n": int(n), "pad": pad, "pad_to": pad_to, "drop_remainder": drop_remainder}
-        return self._then("batch", params, None, name)
+        below = self
+        if self.root.op == "bucket":  # its groups are of the batch's size
+            below = Plan(replace(self.root, params={**self.root.params, "n": int(n)}))
+        return below._then("batch", params, None, name)
 
     # ---- what a plan can be asked
 
@@ -292,6 +301,14 @@ class Plan:
             taken.add(unique)
             inputs = tuple(done[id(below)] for below in node.inputs)
             done[id(node)] = replace(node, name=unique, inputs=inputs)
+        return Plan(done[id(self.root)])
+
+    def without(self, operators: Sequence[str]) -> Plan:
+        """The same plan with operators of these kinds taken out."""
+        done: dict[int, Node] = {}
+        for node in self.nodes():
+            inputs = tuple(done[id(below)] for below in node.inputs)
+            done[id(node)] = inputs[0] if node.op in operators else replace(node, inputs=inputs)
         return Plan(done[id(self.root)])
 
     def check(self) -> Any:
@@ -367,9 +384,8 @@ def _tree(node: Node, indent: str) -> list[str]:
         f"{key}={_short(value)}" for key, value in node.params.items() if value is not None
     )
     name = f" [{node.name}]" if node.name and node.name != node.op else ""
-    flags = "".join(
-        [" random" * node.attributes.random, " nondeterministic" * (not node.attributes.deterministic)]
-    )
+    flags = " random" if node.attributes.random else ""
+    flags += "" if node.attributes.deterministic else " nondeterministic"
     lines = [f"{indent}{node.op}({shown}){name}{flags}"]
     for below in node.inputs:
         lines += _tree(below, indent + "  ")

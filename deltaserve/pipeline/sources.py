@@ -44,7 +44,7 @@ class Source(ABC):
     def digest(self) -> str:
         """A hash of the contents, not of names or times."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to release
         """Release files."""
 
 
@@ -141,6 +141,7 @@ class Parquet(_Files):
         self._parquet, self._arrow = extra("pyarrow.parquet"), extra("pyarrow")
         self._open = [self._opened(file, columns) for file in files]
         super().__init__(files, [file.metadata.num_rows for file in self._open])
+        self._paths = paths
         self._columns = list(columns) if columns else None
         self._groups = [
             np.cumsum([0] + [f.metadata.row_group(g).num_rows for g in range(f.num_row_groups)])
@@ -162,6 +163,10 @@ class Parquet(_Files):
             for (place, _), record in zip(places, table, strict=True):
                 rows[place] = record
         return rows
+
+    def __reduce__(self) -> Any:
+        columns = tuple(self._columns) if self._columns else None
+        return Parquet, (self._paths, columns)
 
     def _opened(self, path: str, columns: tuple[str, ...] | None) -> Any:
         try:
@@ -216,8 +221,7 @@ class Dataset(Source):
         columns = self._dataset[list(indices)]
         names = list(columns)
         return [
-            dict(zip(names, values, strict=True))
-            for values in zip(*columns.values(), strict=True)
+            dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)
         ]
 
     def digest(self) -> str:
@@ -231,6 +235,7 @@ class Tokens(_Files):
         files = files_of(paths, (".npy", ".bin"))
         self._shards = [_shard(file, dtype) for file in files]
         self._length = length
+        self._given = (paths, length, dtype)
         super().__init__(files, [-(-len(shard) // length) for shard in self._shards])
 
     def read(self, indices: Sequence[int]) -> list[Any]:
@@ -241,6 +246,9 @@ class Tokens(_Files):
             self.bytes_read += ids.nbytes
             rows.append({"input_ids": ids.astype(np.int32)})
         return rows
+
+    def __reduce__(self) -> Any:
+        return Tokens, self._given  # else the shards would travel
 
 
 class Selected(Source):

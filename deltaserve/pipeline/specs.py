@@ -1,0 +1,5 @@
+from deltaserve.pipeline.plan import Plan
+
+
+def check(plan: Plan):
+    return None
