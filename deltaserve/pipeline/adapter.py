@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import os
 import signal
 import sys
 import warnings
@@ -298,8 +297,6 @@ def _begin_worker(index: int, count: int) -> None:
     # Ctrl-C reaches the whole group; the consumer is the one to react, and tells the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
-    # Tokenizers would start threads of their own in each worker.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _end_with_parent() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltaserve.errors import PipelineError
 from deltaserve.pipeline import adapter
 from deltaserve.pipeline.batching import Batch, Bucket
 from deltaserve.pipeline.elements import element
@@ -67,8 +66,6 @@ class Compiler:
             leaf += leaf_count(below)
         child = children[0]
         if OPERATORS[op].kind == ELEMENT:
-            if op == "cache":
-                raise PipelineError(f"{node.name}: a cache keeps rows of sources: put it lower")
             return ElementStream(child, element(node))
         if op == "batch":
             return Batch(child, node.name, params)

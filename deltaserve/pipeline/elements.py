@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deltaserve.errors import PipelineError
@@ -54,7 +54,7 @@ def resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
 def element(node: Any) -> Element:
     """What an element operator does. Raises PipelineError."""
     if node.op == "fused":
-        return chain([element(part) for part in node.params["parts"]])
+        return _Fused(node)
     if node.op == "chat_template":
         from deltaserve.pipeline.chat import ChatTemplate
 
@@ -66,17 +66,6 @@ def element(node: Any) -> Element:
     kinds: dict[str, Callable[[Any], Element]]
     kinds = {"map": _Map, "filter": _Filter, "flat_map": _FlatMap}
     return kinds[node.op](node)
-
-
-def chain(elements: Sequence[Element]) -> Element:
-    """One after the other."""
-
-    def run(rows: list[Row]) -> list[Row]:
-        for each in elements:
-            rows = each(rows)
-        return rows
-
-    return run
 
 
 class _Function:
@@ -104,19 +93,40 @@ class _Function:
 
 class _Map(_Function):
     def __call__(self, rows: list[Row]) -> list[Row]:
-        out = [Row(row.key, self.call(row)) for row in rows]
-        for row in out:
-            if not isinstance(row.value, Mapping):
-                raise PipelineError(
-                    f"{self.name}, row {row.key[1:]}: a map must return a mapping of fields, not "
-                    f"a {type(row.value).__name__} (use filter to drop rows)"
-                )
-        return out
+        return [self.mapped(row, self.call(row)) for row in rows]
+
+    def mapped(self, row: Row, value: Any) -> Row:
+        if not isinstance(value, Mapping):
+            raise PipelineError(
+                f"{self.name}, row {row.key[1:]}: a map must return a mapping of fields, not "
+                f"a {type(value).__name__} (use filter to drop rows)"
+            )
+        return Row(row.key, value)
 
 
 class _Filter(_Function):
     def __call__(self, rows: list[Row]) -> list[Row]:
         return [row for row in rows if self.call(row)]
+
+
+class _Fused:
+    """Maps and filters, all of them on a row before the next row."""
+
+    def __init__(self, node: Any) -> None:
+        self.steps = [(part.op == "map", _Map(part)) for part in node.params["parts"]]
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        out = []
+        for row in rows:
+            for is_map, step in self.steps:
+                made = step.call(row)
+                if is_map:
+                    row = step.mapped(row, made)
+                elif not made:
+                    break
+            else:
+                out.append(row)
+        return out
 
 
 class _FlatMap(_Function):

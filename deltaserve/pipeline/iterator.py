@@ -8,11 +8,12 @@ from typing import Any, Self
 
 from deltaserve.errors import PipelineError
 from deltaserve.pipeline.adapter import Executor, LocalExecutor, Segment
+from deltaserve.pipeline.cache import settings_of
 from deltaserve.pipeline.compiling import Compiler
-from deltaserve.pipeline.plan import Plan
+from deltaserve.pipeline.plan import Node, Plan
 from deltaserve.pipeline.rewrites import rewrite
 from deltaserve.pipeline.rows import Row
-from deltaserve.pipeline.segments import Probe
+from deltaserve.pipeline.segments import Probe, in_segment
 
 FORMAT = 1
 # Operators that change when rows are made, not which.
@@ -43,27 +44,30 @@ def open_pipeline(
 
     threads, processes: that work on rows, per segment; the stream is the same for every number,
     none included. executor: who does it instead, for example workers elsewhere. probe: measures
-    every operator. cache: a CacheSettings, where the plan has caches; by default the user's
-    cache folder.
+    every operator. cache: where the plan's caches are, a directory or a CacheSettings; by
+    default the user's cache folder.
 
     Raises PipelineError: the plan, a source, a tokenizer or a function is wrong.
     """
-    return Pipeline(
-        prepare(plan, rewrites=rewrites),
-        executor or LocalExecutor(threads, processes),
-        probe,
-        cache,
-    )
+    prepared = prepare(plan, rewrites=rewrites)
+    executor = executor or LocalExecutor(threads, processes)
+    settings = settings_of(cache)
+    return Pipeline(prepared, stream_fingerprint(plan), executor, probe, settings)
 
 
 class Pipeline:
     """An iterator over the elements of a prepared plan: mappings from field to value.
 
+    fingerprint: of the plan before it was prepared, for states.
+
     A context manager; close it, or its threads and processes stay until it is collected.
     """
 
-    def __init__(self, plan: Plan, executor: Executor, probe: Probe | None, cache: Any) -> None:
+    def __init__(
+        self, plan: Plan, fingerprint: str, executor: Executor, probe: Probe | None, cache: Any
+    ) -> None:
         self.plan, self.executor, self.probe = plan, executor, probe
+        self._fingerprint, self._shape = fingerprint, stream_shape(plan.root)
         self._compiler = Compiler(executor, probe, cache)
         self._stream = self._compiler.build(plan)
         self._closed = False
@@ -99,7 +103,8 @@ class Pipeline:
         a few hundred bytes."""
         return {
             "format": FORMAT,
-            "plan": stream_fingerprint(self.plan),
+            "plan": self._fingerprint,
+            "shape": self._shape,
             "rows": self._rows(),
             "position": self.position,
             "stream": self._stream.get_state(),
@@ -110,7 +115,7 @@ class Pipeline:
 
         Raises PipelineError: the state is of another plan, or its sources have changed.
         """
-        require_state(state, stream_fingerprint(self.plan), self._rows())
+        require_state(state, self._fingerprint, self._shape, self._rows())
         try:
             self._stream.set_state(state["stream"])
         except (KeyError, TypeError, ValueError, AttributeError) as cause:
@@ -143,7 +148,15 @@ def stream_fingerprint(plan: Plan) -> str:
     return plan.without(TRANSPARENT).root.fingerprint(seeds=True)
 
 
-def require_state(state: Mapping[str, Any], plan: str, rows: list[int]) -> None:
+def stream_shape(node: Node) -> str:
+    """The operators whose states nest in a pipeline's state; rewrites may change it."""
+    if in_segment(node):
+        return "rows"
+    below = " ".join(stream_shape(each) for each in node.inputs)
+    return below if node.op in ("prefetch", "batch") else f"{node.op}({below})"
+
+
+def require_state(state: Mapping[str, Any], plan: str, shape: str, rows: list[int]) -> None:
     """Raises PipelineError unless a state was saved by this plan over these sources."""
     if not isinstance(state, Mapping) or "format" not in state:
         raise PipelineError("this is not a saved state of a pipeline")
@@ -152,12 +165,17 @@ def require_state(state: Mapping[str, Any], plan: str, rows: list[int]) -> None:
             f"the state has format {state['format']}, and this version reads {FORMAT}: "
             "resume with the version that saved it"
         )
-    if missing := {"plan", "rows", "position", "stream"} - set(state):
+    if missing := {"plan", "shape", "rows", "position", "stream"} - set(state):
         raise PipelineError(f"the saved state is damaged: it lacks {', '.join(sorted(missing))}")
     if state["plan"] != plan:
         raise PipelineError(
             f"the state was saved by another plan ({state['plan'][:12]}, and this one is "
-            f"{plan[:12]}): operators, parameters, seeds, code or the rewrites setting differ"
+            f"{plan[:12]}): operators, parameters, seeds or code differ"
+        )
+    if state["shape"] != shape:
+        raise PipelineError(
+            f"the state was saved of {state['shape']}, and the plan runs as {shape}: open it "
+            "with the setting of rewrites that it was saved with"
         )
     if list(state["rows"]) != rows:
         raise PipelineError(

@@ -12,15 +12,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltaserve.errors import PipelineError
 from deltaserve.pipeline.code import describe
 from deltaserve.pipeline.operators import OPERATORS, Attributes
 
+if TYPE_CHECKING:
+    from deltaserve.pipeline.specs import Spec
+
 Paths = str | Path | Sequence[str | Path]
-# Seeds decide the order, not the contents.
-UNIDENTIFIED = ("seed",)
+# Seeds decide the order, not the contents; how many texts a call takes, neither.
+UNIDENTIFIED = ("seed", "together")
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +200,7 @@ class Plan:
             "text": text,
             "max_length": max_length,
             "special_tokens": special_tokens,
+            "together": 1,  # raised by a rewrite
         }
         return self._then("tokenize", params, None, name)
 
@@ -267,7 +271,7 @@ class Plan:
         or to ``pad_to``."""
         params = {"n": int(n), "pad": pad, "pad_to": pad_to, "drop_remainder": drop_remainder}
         below = self
-        if self.root.op == "bucket":  # its groups are of the batch's size
+        if self.root.op == "bucket":  # its groups have the batch's size
             below = Plan(replace(self.root, params={**self.root.params, "n": int(n)}))
         return below._then("batch", params, None, name)
 
@@ -311,7 +315,7 @@ class Plan:
             done[id(node)] = inputs[0] if node.op in operators else replace(node, inputs=inputs)
         return Plan(done[id(self.root)])
 
-    def check(self) -> Any:
+    def check(self) -> Spec:
         """The spec of the elements. Raises PipelineError naming the operator that cannot work
         on what it would get."""
         from deltaserve.pipeline.specs import check
@@ -393,6 +397,8 @@ def _tree(node: Node, indent: str) -> list[str]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, tuple) and value and all(isinstance(each, Node) for each in value):
+        return ", ".join(_tree(each, "")[0] for each in value)
     if callable(value):
         return getattr(value, "__qualname__", type(value).__name__)
     text = repr(value)

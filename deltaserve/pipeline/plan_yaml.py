@@ -37,6 +37,9 @@ STEPS = (
 # Settings that may be relative to the file.
 PATHS = ("paths", "dataset", "selection", "tokenizer")
 
+# Settings that no builder takes.
+DERIVED = (("bucket", "n"), ("tokenize", "together"))
+
 
 def read_plan(file: Path, *, allow_functions: bool = False) -> Plan:
     """The plan in a file. Paths in it are relative to the file's folder if they exist there.
@@ -199,7 +202,7 @@ def _source_content(node: Node) -> dict[str, Any]:
 def _settings(node: Node) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for key, value in node.params.items():
-        if value is None or (node.op, key) == ("bucket", "n"):
+        if value is None or (node.op, key) in DERIVED:
             continue
         if callable(value) or key == "dataset":
             raise PipelineError(

@@ -9,6 +9,7 @@ Everything above segments is a stream; see streams.py.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,7 +30,8 @@ class Probe(Protocol):
     """Measures operators; see tracing.py. It is sent to worker processes."""
 
     def wrap(self, name: str, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Around what an operator does to a list (of row numbers for a source, else of rows)."""
+        """Around what an operator does to a list (of row numbers for a source, of keys for a
+        cache, else of rows); a cache calls what is below it."""
 
     def wrap_next(self, name: str, call: Callable[[], Row]) -> Callable[[], Row]:
         """Around how a stream operator gives its next row; calls nest."""
@@ -71,7 +73,9 @@ def in_segment(node: Node) -> bool:
 
 def one_to_one(node: Node) -> bool:
     """Whether positions below are rows above, in the part of a segment from here down."""
-    return OPERATORS[node.op].one_to_one and all(map(one_to_one, node.inputs))
+    parts = node.params["parts"] if node.op == "fused" else (node,)
+    alone = all(OPERATORS[part.op].one_to_one for part in parts)
+    return alone and all(map(one_to_one, node.inputs))
 
 
 def leaves_of(node: Node) -> list[Leaf]:
@@ -104,7 +108,7 @@ class Work:
         self.root, self.first_leaf = root, first_leaf
         self.probe, self.cache = probe, cache
         self._sources: list[Source] | None = None
-        self._chains: list[Callable[[list[Key]], tuple[list[Row], int]]] | None = None
+        self._chains: list[Callable[[list[Key]], tuple[list[Row], list[Key]]]] | None = None
 
     def sources(self) -> list[Source]:
         """Opened, one for each leaf. Raises PipelineError."""
@@ -137,7 +141,7 @@ class Work:
         for key in keys:
             groups.setdefault(key[0], []).append(key)
         done = {leaf: chains[leaf - self.first_leaf](group) for leaf, group in groups.items()}
-        skipped = sum(count for _, count in done.values())
+        skipped = sum(len(broken) for _, broken in done.values())
         rows = next(iter(done.values()))[0] if len(done) == 1 else _merged(keys, done)
         return Done(rows, skipped, self.probe.collect() if self.probe else None)
 
@@ -150,7 +154,7 @@ class Work:
 
     def _chain(
         self, leaf: Leaf, source: Source, made: dict[int, Element]
-    ) -> Callable[[list[Key]], tuple[list[Row], int]]:
+    ) -> Callable[[list[Key]], tuple[list[Row], list[Key]]]:
         marks = [at for at, node in enumerate(leaf.elements) if node.op == "cache"]
         below = [
             node for node in leaf.elements[: marks[-1] if marks else None] if node.op != "cache"
@@ -163,13 +167,19 @@ class Work:
         mark = leaf.elements[marks[-1]]
         kept = cached_reader(read, leaf.source, source, below, self.cache)
         above = self._steps(leaf.elements[marks[-1] + 1 :], made)
-        kept = self._wrap(mark.name, kept)
+        mine = threading.local()
 
-        def run(keys: list[Key]) -> tuple[list[Row], int]:
-            rows, skipped = kept(keys)
+        def keep(keys: list[Key]) -> list[Row]:
+            rows, mine.broken = kept(keys)
+            return rows
+
+        keep_measured = self._wrap(mark.name, keep)
+
+        def run(keys: list[Key]) -> tuple[list[Row], list[Key]]:
+            rows = keep_measured(keys)
             for step in above:
                 rows = step(rows)
-            return rows, skipped
+            return rows, mine.broken
 
         return run
 
@@ -185,13 +195,13 @@ class Work:
 
 def _reader(
     read: Callable[[list[int]], list[Any]], steps: Sequence[Element]
-) -> Callable[[list[Key]], tuple[list[Row], int]]:
-    def run(keys: list[Key]) -> tuple[list[Row], int]:
+) -> Callable[[list[Key]], tuple[list[Row], list[Key]]]:
+    def run(keys: list[Key]) -> tuple[list[Row], list[Key]]:
         values = read([key[2] for key in keys])
         rows = [
             Row(key, value) for key, value in zip(keys, values, strict=True) if value is not None
         ]
-        skipped = len(keys) - len(rows)
+        skipped = [key for key, value in zip(keys, values, strict=True) if value is None]
         for step in steps:
             rows = step(rows)
         return rows, skipped
@@ -199,7 +209,7 @@ def _reader(
     return run
 
 
-def _merged(keys: Sequence[Key], done: dict[int, tuple[list[Row], int]]) -> list[Row]:
+def _merged(keys: Sequence[Key], done: dict[int, tuple[list[Row], list[Key]]]) -> list[Row]:
     """Rows of several leaves in the order of the positions that they came from."""
     at = dict.fromkeys(done, 0)
     merged = []

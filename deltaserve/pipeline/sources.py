@@ -23,6 +23,7 @@ from deltaserve.pipeline.lines import LineFile, files_of
 
 # Decoded row groups that a Parquet source keeps.
 ROW_GROUP_BYTES = 256 << 20
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 EXTRA = "pip install 'deltaserve[pipeline]'"
 
 
@@ -77,7 +78,7 @@ class JsonLines(_Files):
     """One JSON object a line."""
 
     def __init__(self, paths: tuple[str, ...], on_error: str = "raise") -> None:
-        files = files_of(paths, (".jsonl", ".ndjson", ".json"))
+        files = files_of(paths, JSON_SUFFIXES)
         self._lines = [LineFile(file) for file in files]
         super().__init__(files, [len(each) for each in self._lines])
         self._skip = on_error == "skip"

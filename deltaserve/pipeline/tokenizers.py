@@ -7,6 +7,7 @@ A fast tokenizer holds one state for padding and truncation and refuses concurre
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +48,9 @@ def tokenizer_digest(name: str) -> str:
 
 @lru_cache(maxsize=32)
 def _load(name: str) -> Any:
+    # Parallelism is the plan's business: threads of the tokenizer's own would be counted
+    # nowhere and take cores from the trainer. Who set this meant it.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
     try:

@@ -23,11 +23,16 @@ class Tokenize:
         self.text: str = params["text"]
         self.max_length: int | None = params["max_length"]
         self.special: bool | None = params["special_tokens"]
+        self.together: int = params["together"]
         tokenizer_of(self.tokenizer)  # a missing one is told before anything runs
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        if not rows:
-            return []
+        out: list[Row] = []
+        for at in range(0, len(rows), self.together):
+            out += self._tokenize(rows[at : at + self.together])
+        return out
+
+    def _tokenize(self, rows: list[Row]) -> list[Row]:
         texts = [field_of(row, self.text, self.name) for row in rows]
         for row, text in zip(rows, texts, strict=True):
             if not isinstance(text, str):
@@ -38,7 +43,7 @@ class Tokenize:
         # A chat template has written its special tokens into the text.
         special = [self._special(row) for row in rows]
         if len(set(special)) > 1:
-            return [made for row in rows for made in self([row])]
+            return [made for row in rows for made in self._tokenize([row])]
         return self._encode(rows, texts, special[0])
 
     def _encode(self, rows: list[Row], texts: list[str], special: bool) -> list[Row]:
