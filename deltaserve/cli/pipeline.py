@@ -41,8 +41,8 @@ def show(plan: PlanFile, allow_functions: Functions = False, rewrites: Rewrites 
 def run(
     plan: PlanFile,
     limit: Annotated[int | None, typer.Option(min=0, help="Stop after so many elements.")] = None,
-    threads: Annotated[int, typer.Option(min=0, help="Threads that work on rows.")] = 0,
-    processes: Annotated[int, typer.Option(min=0, help="Processes that do, instead.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads that work on rows.")] = 0,
+    processes: Annotated[int, typer.Option(help="Processes that do, instead.")] = 0,
     print_: Annotated[
         int, typer.Option("--print", min=0, help="Print the first elements, as JSON.")
     ] = 0,

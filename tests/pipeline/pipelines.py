@@ -76,7 +76,6 @@ def tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> str:
     return str(folder)
 
 
-@register("pipelines:count")
 def count_words(row: dict[str, Any]) -> dict[str, Any]:
     """The length of each word as a token: no tokenizer needed."""
     return {"input_ids": np.array([len(word) for word in row["text"].split()], np.int32)}
@@ -118,3 +117,9 @@ def values(plan: Plan, field: str, limit: int | None = None, **options: Any) -> 
             if len(found) == limit:
                 break
     return found
+
+
+@register("pipelines:tokens")
+def tokens(row: dict[str, Any]) -> dict[str, Any]:
+    """Rows of different sources, alike."""
+    return {"input_ids": row["input_ids"]}
