@@ -41,6 +41,10 @@ class SelectionError(DeltaServeError):
     """A pool, graph, utility or budget is wrong, or a selection cannot go on."""
 
 
+class ServiceError(DeltaServeError):
+    """The service of input pipelines is unreachable, or cannot do what it was asked."""
+
+
 class OutputExistsError(DeltaServeError):
     """The output directory exists and is not empty."""
 

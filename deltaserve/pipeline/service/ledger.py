@@ -1,0 +1,155 @@
+"""What the dispatcher must remember: jobs, who was granted what, and how far they got.
+
+The state changes by records alone, so replaying a journal leads to the same state. Nothing here
+knows time, workers' health or Ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from deltaserve.errors import ServiceError
+from deltaserve.pipeline.service.journal import Record
+
+Range = tuple[int, int]
+"""Positions ``[start, stop)`` of the plan's source."""
+
+SPLIT_MODES = ("ordered", "dynamic")
+HOSTED_MODES = ("window", "lockstep", "rounds")
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What all consumers of a job agree on.
+
+    stream: digest of the plan with its seeds: what the elements depend on. mode: one of
+    SPLIT_MODES (consumers share the source's ranges) or HOSTED_MODES (consumers share a finished
+    stream). length: positions of the source, None when endless. split: positions per range.
+    producers: streams of a job in rounds. options: of the mode, as text.
+    """
+
+    name: str
+    stream: str
+    mode: str
+    consumers: int
+    length: int | None
+    split: int
+    relaxed: bool = False
+    producers: int = 1
+    options: str = ""
+
+
+@dataclass
+class Job:
+    spec: JobSpec
+    cursor: int = 0
+    """The first position that nobody was granted."""
+    returned: list[Range] = field(default_factory=list)
+    """Granted once, and given back."""
+    grants: list[list[Range]] = field(default_factory=list)
+    """Of each consumer, in the order in which it reads them."""
+    acked: list[tuple[int, int]] = field(default_factory=list)
+    """Of each consumer: the grant and the offset in it, or the element, of its last checkpoint."""
+    marks: list[list[tuple[int, Any]]] = field(default_factory=list)
+    """Of each producer: element numbers, and the state from which they can be made again."""
+    hosts: list[list[tuple[int, str, int]]] = field(default_factory=list)
+    """Of each producer: from this element on, this worker makes them, under this epoch."""
+
+
+class Ledger:
+    def __init__(self) -> None:
+        self.incarnation = 0
+        self.jobs: dict[str, Job] = {}
+
+    def job(self, name: str) -> Job:
+        try:
+            return self.jobs[name]
+        except KeyError:
+            raise ServiceError(
+                f"the service knows no job '{name}'; it was forgotten, or never registered"
+            ) from None
+
+    def apply(self, record: Record) -> None:
+        getattr(self, "_" + record["op"])(record)
+
+    def records(self) -> list[Record]:
+        """A short history that leads here."""
+        jobs = [msgspec.to_builtins(job) for job in self.jobs.values()]
+        return [{"op": "snapshot", "incarnation": self.incarnation, "jobs": jobs}]
+
+    def _snapshot(self, record: Record) -> None:
+        self.incarnation = record["incarnation"]
+        jobs = [msgspec.convert(job, Job) for job in record["jobs"]]
+        self.jobs = {job.spec.name: job for job in jobs}
+
+    def _start(self, record: Record) -> None:
+        self.incarnation += 1
+
+    def _register(self, record: Record) -> None:
+        spec = msgspec.convert(record["spec"], JobSpec)
+        job = Job(spec)
+        job.grants = [[] for _ in range(spec.consumers)]
+        job.acked = [(0, 0)] * spec.consumers
+        job.marks = [[] for _ in range(spec.producers)]
+        job.hosts = [[] for _ in range(spec.producers)]
+        self.jobs[spec.name] = job
+
+    def _forget(self, record: Record) -> None:
+        self.jobs.pop(record["job"], None)
+
+    def _grant(self, record: Record) -> None:
+        job = self.jobs[record["job"]]
+        for start, stop in record["ranges"]:
+            if (start, stop) in job.returned:
+                job.returned.remove((start, stop))
+            else:
+                assert start == job.cursor
+                job.cursor = stop
+            job.grants[record["consumer"]].append((start, stop))
+
+    def _ack(self, record: Record) -> None:
+        job = self.jobs[record["job"]]
+        consumer, at = record["consumer"], (record["number"], record["offset"])
+        job.acked[consumer] = at
+        if job.spec.mode in HOSTED_MODES:
+            for producer in range(job.spec.producers):
+                _forget_marks(job, producer)
+
+    def _reclaim(self, record: Record) -> None:
+        """What a lost consumer had beyond its last checkpoint goes to the others."""
+        job = self.jobs[record["job"]]
+        consumer = record["consumer"]
+        number, position = record["number"], record["position"]
+        grants = job.grants[consumer]
+        rest = grants[number:]
+        del grants[number:]
+        if rest and position > rest[0][0]:
+            grants.append((rest[0][0], position))
+            rest[0] = (position, rest[0][1])
+        job.returned.extend((start, stop) for start, stop in rest if start < stop)
+        job.returned.sort()
+
+    def _mark(self, record: Record) -> None:
+        job = self.jobs[record["job"]]
+        marks = job.marks[record["producer"]]
+        marks[:] = [mark for mark in marks if mark[0] < record["index"]]
+        marks.append((record["index"], record["state"]))
+        _forget_marks(job, record["producer"])
+
+    def _host(self, record: Record) -> None:
+        """A worker makes a producer's elements from ``start`` on; ``alone``: also all before."""
+        hosts = self.jobs[record["job"]].hosts[record["producer"]]
+        if record["alone"]:
+            hosts.clear()
+        hosts.append((record["start"], record["worker"], record["epoch"]))
+
+
+def _forget_marks(job: Job, producer: int) -> None:
+    """Keep the last mark that everybody is beyond, and all after it."""
+    oldest = min(number for number, _ in job.acked) // job.spec.producers
+    marks = job.marks[producer]
+    first = max((at for at, mark in enumerate(marks) if mark[0] <= oldest), default=0)
+    del marks[:first]
