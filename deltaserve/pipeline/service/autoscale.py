@@ -19,31 +19,36 @@ PATIENCE = 3
 
 @dataclass(frozen=True)
 class Demand:
-    """Source positions a second: wanted by a consumer, and prepared by its own host."""
+    """A second's worth of positions (or, of a hosted stream, elements): what a consumer would
+    take if it never waited, and what its own host (``node``) prepares."""
 
     wanted: float
     local: float = 0.0
+    node: str = ""
 
     @property
     def unmet(self) -> float:
         return max(0.0, self.wanted - self.local)
 
 
+def need(unmet: float, rates: Sequence[float]) -> float:
+    """Workers that a job keeps busy. rates: what each worker prepares in a second of work; while
+    none is known, one worker is to find out."""
+    if unmet <= 0:
+        return 0.0
+    return unmet / robust_mean(rates) if len(rates) else 1.0
+
+
 class Scaler:
     def __init__(self) -> None:
         self._lower = 0
 
-    def target(self, demands: Sequence[Demand], throughputs: Sequence[float], now: int) -> int:
-        """Workers wanted, given ``now`` there are; 0 without demand."""
-        unmet = sum(demand.unmet for demand in demands)
-        if unmet <= 0:
-            wanted = 0
-        elif not throughputs:
-            wanted = max(now, 1)
-        else:
-            # Half a percent of slack, or noise in a measurement would add a worker.
-            wanted = math.ceil(unmet / robust_mean(throughputs) - 0.005)
-            wanted = min(max(wanted, 1), GROWTH * max(now, 1))
+    def target(self, needs: Sequence[float], now: int) -> int:
+        """Workers wanted, given ``now`` there are; 0 when no job needs any."""
+        busy = sum(needs)
+        # Half a percent of slack, or noise in a measurement would add a worker.
+        wanted = max(1, math.ceil(busy - 0.005)) if busy > 0 else 0
+        wanted = min(wanted, GROWTH * max(now, 1))
         self._lower = self._lower + 1 if wanted < now else 0
         if 0 < self._lower < PATIENCE:
             return now

@@ -2,39 +2,40 @@
 
 Elements never pass through it. What it promises (grants, checkpoints, which worker hosts a shared
 stream) is in the journal before it answers; what can be found out again (which worker prepares a
-granted range, who is alive) is not.
+granted range, who is alive) is not. Every command may be repeated: the answer was lost, or the
+dispatcher died after writing it down.
 
 A *grant* gives a range of the source to a consumer, for ever, in an order that the consumer can
 ask for again: a consumer that returns with an older checkpoint reads the same ranges again. A
-*lease* says which worker prepares a grant; its epoch grows with every new lease, so that what a
-worker sends under an older one is known to be late.
+*lease* says which worker prepares a grant. It ends with its worker's heartbeats, or when the
+consumer says that the worker failed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from deltaserve.errors import ServiceError
-from deltaserve.pipeline.service.autoscale import Demand, Scaler
+from deltaserve.pipeline.service.autoscale import Demand, Scaler, need
 from deltaserve.pipeline.service.journal import Journal, Record
-from deltaserve.pipeline.service.ledger import HOSTED_MODES, SPLIT_MODES, Job, JobSpec, Ledger
+from deltaserve.pipeline.service.ledger import Job, JobSpec, Ledger, Range, ordered_range
 from deltaserve.pipeline.service.membership import Workers
 
-# Rounds for which a consumer need not ask again who makes them; a worker joins after these.
+# Elements for which a consumer need not ask again who makes them. In jobs of rounds a worker that
+# joins takes over after these, so that all consumers change to it at the same round.
 PROMISE = 32
+FORGETFUL = 3 * PROMISE
 
 
 @dataclass(frozen=True)
 class Lease:
-    """number: of the grant, among its consumer's. worker: empty while there is none."""
+    """Who prepares a grant; the worker is empty while there is none. epoch: of this lease."""
 
-    number: int
-    start: int
-    stop: int
     worker: str = ""
     epoch: int = 0
 
@@ -49,47 +50,34 @@ class Place:
 
 
 class Dispatcher:
-    """clock: seconds. heartbeat_limit_s: a worker silent for longer counts as dead.
-    consumer_limit_s: a consumer silent for longer loses what it has beyond its checkpoint to the
-    others (dynamic jobs); None: it is waited for."""
+    """clock: seconds. heartbeat_limit_s: a worker that is silent for longer counts as dead."""
 
     def __init__(
         self,
         folder: Path,
         *,
         heartbeat_limit_s: float = 5.0,
-        consumer_limit_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
         self._limit = heartbeat_limit_s
-        self._consumer_limit = consumer_limit_s
         self._ledger = Ledger()
         self._journal = Journal(folder, self._ledger.apply)
         self._write({"op": "start"})
-        hosting = {
-            worker
-            for job in self._ledger.jobs.values()
-            for hosts in job.hosts
-            for _, worker, _ in hosts
-        }
         # Workers outlive a dispatcher: those that the journal names have until the limit to call.
-        self._workers = Workers(heartbeat_limit_s, hosting, clock())
-        self._leases: dict[tuple[str, int, int], tuple[str, int]] = {}
+        self._workers = Workers(heartbeat_limit_s, self._hosting(), clock())
+        self._leases: dict[tuple[str, int], dict[int, Lease]] = {}
         self._epoch = self._ledger.incarnation << 32
         self._promised: dict[tuple[str, int], int] = {}
-        self._seen: dict[tuple[str, int], float] = {}
         self._demands: dict[tuple[str, int], tuple[float, Demand]] = {}
+        self._rates: dict[str, list[float]] = {}
         self._scaler = Scaler()
-        self.granted = 0
 
     # ---- workers
 
-    def beat(self, worker: str, node: str, throughput: float) -> None:
-        """A worker is alive; throughput: source positions it prepares in a second of work, 0
-        while unknown."""
-        if self._workers.beat(worker, node, throughput, self._clock()):
-            self._hand_over(worker)
+    def beat(self, worker: str, node: str, rates: Mapping[str, float]) -> None:
+        """A worker is alive. rates: of each job, what it prepares in a second of work."""
+        self._workers.beat(worker, node, rates, self._clock())
 
     def leave(self, worker: str) -> None:
         """A worker goes; what it had is given to others when its consumers ask."""
@@ -97,6 +85,12 @@ class Dispatcher:
 
     def workers(self) -> list[str]:
         return self._workers.alive(self._clock())
+
+    def idlest(self, count: int) -> list[str]:
+        """The workers that would be missed least."""
+        hosting = self._hosting()
+        alive = self.workers()
+        return sorted(alive, key=lambda name: (hosting[name], self._workers.leases(name)))[:count]
 
     # ---- jobs
 
@@ -120,55 +114,69 @@ class Dispatcher:
 
     def forget(self, job: str) -> None:
         """All that is known of a job."""
-        self._write({"op": "forget", "job": job})
-        for table in (self._leases, self._promised, self._seen, self._demands):
-            for key in [key for key in table if key[0] == job]:
-                del table[key]  # type: ignore[attr-defined]
+        if job in self._ledger.jobs:
+            for consumer in range(self._ledger.jobs[job].spec.consumers):
+                self.withdraw(job, consumer)
+            self._write({"op": "forget", "job": job})
+        self._promised = {key: at for key, at in self._promised.items() if key[0] != job}
 
-    def next_grant(self, job: str, consumer: int) -> int:
-        """The number of the next grant that the consumer did not have."""
+    # ---- splits
+
+    def granted(self, job: str, consumer: int) -> int:
+        """How many grants a consumer has had."""
         return len(self._job(job, consumer).grants[consumer])
 
-    def acquire(
-        self, job: str, consumer: int, first: int, count: int, done: int, node: str = ""
-    ) -> list[Lease]:
-        """Up to ``count`` grants from number ``first`` on, each with a worker. Fewer: the source
-        ended. Asking again gives the same. done: grants below it will not be asked for again
-        unless the consumer returns with an older checkpoint.
+    def grant(self, job: str, consumer: int, first: int, count: int) -> list[Range]:
+        """The ranges of a consumer's grants from number ``first`` on; fewer than ``count`` if
+        the source ends. Asking again gives the same.
 
         Raises:
             ServiceError: the consumer's checkpoint is beyond what it was granted.
         """
         found = self._job(job, consumer)
-        self._seen[job, consumer] = self._clock()
-        self._reclaim_lost(found)
-        if found.spec.mode == "dynamic":
-            ranges = self._dynamic(found, consumer, first, count)
-        else:
-            ranges = _static(found.spec, consumer, first, count)
-        for number in range(max(0, done - 2 * count), done):
-            self._release(job, consumer, number)
-        numbered = enumerate(ranges, first)
-        return [self._lease(job, consumer, n, start, stop, node) for n, (start, stop) in numbered]
+        if found.spec.mode == "ordered":
+            numbers = range(first, first + count)
+            turns = (ordered_range(found.spec, consumer, number) for number in numbers)
+            return [turn for turn in turns if turn is not None]
+        grants = found.grants[consumer]
+        if first > len(grants):
+            raise ServiceError(
+                f"consumer {consumer} of job '{job}' returns at grant {first}, but was given "
+                f"only {len(grants)}: its checkpoint belongs to another work folder or job"
+            )
+        new = _next_ranges(found, first + count - len(grants))
+        if new:
+            record: Record = {"op": "grant", "job": job, "consumer": consumer}
+            self._write(record | {"ranges": new})
+        return grants[first : first + count]
 
-    def replace(self, job: str, consumer: int, lease: Lease, node: str = "") -> Lease:
-        """Another lease for a grant whose worker failed; the same if somebody already did."""
+    def lease(
+        self, job: str, consumer: int, number: int, done: int, failed: int = 0, node: str = ""
+    ) -> Lease:
+        """The worker that prepares a grant. done: grants below it have been prepared. failed:
+        the epoch of a lease that brought nothing. node: where the consumer runs."""
         self._job(job, consumer)
-        self._seen[job, consumer] = self._clock()
-        key = (job, consumer, lease.number)
-        worker, epoch = self._leases.get(key, ("", 0))
-        if worker and epoch != lease.epoch and worker in self._workers.alive(self._clock()):
-            return Lease(lease.number, lease.start, lease.stop, worker, epoch)
-        self._release(*key)
-        if lease.worker:
-            self._workers.suspect(lease.worker, self._clock())
-        return self._lease(job, consumer, lease.number, lease.start, lease.stop, node)
+        now = self._clock()
+        leases = self._leases.setdefault((job, consumer), {})
+        for old in [old for old in leases if old < done]:
+            self._workers.lease(leases.pop(old).worker, -1)
+        found = leases.get(number)
+        if found is not None:
+            if found.epoch != failed and found.worker in self._workers.alive(now):
+                return found
+            self._workers.suspect(found.worker, now)
+            self._workers.lease(leases.pop(number).worker, -1)
+        worker = self._workers.choose(now, self._hosting(), node)
+        if not worker:
+            return Lease()
+        self._workers.lease(worker, 1)
+        leases[number] = Lease(worker, self._next_epoch())
+        return leases[number]
 
     def ack(self, job: str, consumer: int, number: int, offset: int) -> None:
-        """A checkpoint: the next element is ``offset`` of grant ``number`` (source positions),
-        or, in a hosted mode, element ``number`` of the stream."""
+        """A checkpoint: the next row is ``offset`` of grant ``number``; or, of a hosted stream,
+        the next element is ``number``."""
         self._job(job, consumer)
-        self._seen[job, consumer] = self._clock()
         record = {"op": "ack", "job": job, "consumer": consumer}
         self._write(record | {"number": number, "offset": offset})
 
@@ -179,22 +187,19 @@ class Dispatcher:
         answer. The worker is empty while there is none."""
         found = self._job(job)
         now = self._clock()
-        hosts = found.hosts[producer]
-        at = max((i for i, host in enumerate(hosts) if host[0] <= index), default=-1)
-        alive = self._workers.alive(now)
-        if at < 0 or hosts[at][2] == failed or hosts[at][1] not in alive:
+        hosts, at = found.hosts[producer], _segment(found.hosts[producer], index)
+        if at < 0 or hosts[at][2] == failed or hosts[at][1] not in self._workers.alive(now):
             if at >= 0:
                 self._workers.suspect(hosts[at][1], now)
-            worker = self._workers.choose(now)
+            worker = self._workers.choose(now, self._hosting())
             if not worker:
                 return Place("", 0, index)
             self._host(found, producer, worker, 0, alone=True)
-            hosts, at = found.hosts[producer], 0
-        until = max(index + 1, self._promised.get((job, producer), 0), index + PROMISE)
-        if at + 1 < len(hosts):
-            until = hosts[at + 1][0]
         elif found.spec.mode == "rounds":
-            self._promised[job, producer] = until
+            self._rebalance(found, producer, index)
+        hosts, at = found.hosts[producer], _segment(found.hosts[producer], index)
+        last = at + 1 == len(hosts)
+        until = self._promise(job, producer, index) if last else hosts[at + 1][0]
         return Place(hosts[at][1], hosts[at][2], until)
 
     def mark(self, job: str, producer: int, index: int, state: Any) -> None:
@@ -209,34 +214,40 @@ class Dispatcher:
 
     # ---- demand
 
-    def report(self, job: str, consumer: int, demand: float, local: float) -> None:
-        """Source positions a second that a consumer wants, and that its own host prepares."""
-        now = self._clock()
-        self._seen[job, consumer] = now
-        self._demands[job, consumer] = (now, Demand(demand, local))
+    def report(self, job: str, consumer: int, wanted: float, local: float, node: str = "") -> None:
+        """What a consumer would take in a second if it never waited, and what its own host
+        prepares: positions of the source, or elements of a hosted stream. node: where it runs."""
+        self._demands[job, consumer] = (self._clock(), Demand(wanted, local, node))
 
     def withdraw(self, job: str, consumer: int) -> None:
-        """A consumer wants nothing more, and stays away."""
+        """A consumer wants nothing more for now."""
         self._demands.pop((job, consumer), None)
-        for key in [key for key in self._leases if key[:2] == (job, consumer)]:
-            self._release(*key)
+        for lease in self._leases.pop((job, consumer), {}).values():
+            self._workers.lease(lease.worker, -1)
 
     def wanted_workers(self) -> int:
-        """ceil(demand / throughput); 0 when nobody asks."""
+        """The sum over jobs of demand / throughput, rounded up; 0 when nobody asks."""
+        unmet: dict[str, list[float]] = {}
+        for job, demand in self._current():
+            unmet.setdefault(job, []).append(demand.unmet)
         now = self._clock()
-        current = {
-            key: demand for key, (at, demand) in self._demands.items() if now - at <= self._limit
-        }
-        throughputs = self._workers.throughputs(now)
-        return self._scaler.target(list(current.values()), throughputs, len(self.workers()))
+        needs = [self._need(job, demands, now) for job, demands in unmet.items()]
+        return self._scaler.target(needs, len(self.workers()))
+
+    def wanting_nodes(self) -> list[str]:
+        """The nodes of consumers that want more than they have, the neediest first: where the
+        next workers should run."""
+        unmet: dict[str, float] = {}
+        for _, demand in self._current():
+            if demand.unmet > 0 and demand.node:
+                unmet[demand.node] = unmet.get(demand.node, 0.0) + demand.unmet
+        return sorted(unmet, key=lambda node: -unmet[node])
 
     def stats(self) -> dict[str, Any]:
-        now = self._clock()
         jobs = {
             name: {
                 "mode": job.spec.mode,
                 "granted": job.cursor,
-                "returned": len(job.returned),
                 "checkpoints": [list(at) for at in job.acked],
                 "hosts": [list(map(list, hosts)) for hosts in job.hosts],
             }
@@ -244,8 +255,8 @@ class Dispatcher:
         }
         return {
             "incarnation": self._ledger.incarnation,
-            "workers": self._workers.alive(now),
-            "leases": len(self._leases),
+            "workers": self.workers(),
+            "leases": sum(map(len, self._leases.values())),
             "journal_bytes": self._journal.bytes,
             "jobs": jobs,
         }
@@ -269,94 +280,62 @@ class Dispatcher:
             )
         return job
 
-    def _dynamic(self, job: Job, consumer: int, first: int, count: int) -> list[tuple[int, int]]:
-        grants = job.grants[consumer]
-        if first > len(grants):
-            raise ServiceError(
-                f"consumer {consumer} of job '{job.spec.name}' returns at grant {first}, but has "
-                f"only {len(grants)}: the others were given the rest while it was away. Restore "
-                "an older checkpoint, or use another job name"
-            )
-        new = _next_ranges(job, first + count - len(grants))
-        if new:
-            record: Record = {"op": "grant", "job": job.spec.name, "consumer": consumer}
-            self._write(record | {"ranges": new})
-            self.granted += len(new)
-        return grants[first : first + count]
-
-    def _lease(
-        self, job: str, consumer: int, number: int, start: int, stop: int, node: str
-    ) -> Lease:
-        now = self._clock()
-        worker, epoch = self._leases.get((job, consumer, number), ("", 0))
-        if worker not in self._workers.alive(now):
-            self._release(job, consumer, number)
-            worker = self._workers.take(now, node)
-            if worker:
-                epoch = self._next_epoch()
-                self._leases[job, consumer, number] = (worker, epoch)
-        return Lease(number, start, stop, worker, epoch)
-
-    def _release(self, job: str, consumer: int, number: int) -> None:
-        worker, _ = self._leases.pop((job, consumer, number), ("", 0))
-        if worker:
-            self._workers.give_back(worker)
-
     def _next_epoch(self) -> int:
         self._epoch += 1
         return self._epoch
 
-    def _reclaim_lost(self, job: Job) -> None:
-        if self._consumer_limit is None or job.spec.mode != "dynamic":
-            return
-        now = self._clock()
-        for consumer in range(job.spec.consumers):
-            seen = self._seen.setdefault((job.spec.name, consumer), now)
-            number, position = job.acked[consumer]
-            if now - seen > self._consumer_limit and len(job.grants[consumer]) > number:
-                record: Record = {"op": "reclaim", "job": job.spec.name, "consumer": consumer}
-                self._write(record | {"number": number, "position": position})
+    def _hosting(self) -> Counter[str]:
+        """How many producers each worker hosts."""
+        jobs = self._ledger.jobs.values()
+        return Counter(hosts[-1][1] for job in jobs for hosts in job.hosts if hosts)
 
     def _host(self, job: Job, producer: int, worker: str, start: int, *, alone: bool) -> None:
         record: Record = {"op": "host", "job": job.spec.name, "producer": producer}
         place = {"worker": worker, "epoch": self._next_epoch(), "start": start, "alone": alone}
         self._write(record | place)
 
-    def _hand_over(self, worker: str) -> None:
-        """A new worker takes its share of the producers of jobs in rounds, each from the first
-        round on that nobody was promised from its old host."""
-        alive = self.workers()
-        for job in self._ledger.jobs.values():
-            if job.spec.mode != "rounds" or not all(job.hosts):
-                continue
-            last = [hosts[-1][1] for hosts in job.hosts]
-            for _ in range(job.spec.producers // len(alive) - last.count(worker)):
-                busiest = max(sorted(set(last)), key=last.count)
-                if last.count(busiest) <= last.count(worker) + 1:
-                    break
-                producer = last.index(busiest)
-                target = self._promised.get((job.spec.name, producer))
-                if target is None:
-                    break
-                self._host(job, producer, worker, target, alone=False)
-                last[producer] = worker
+    def _promise(self, job: str, producer: int, index: int) -> int:
+        # What an earlier dispatcher promised is not known, but is at most this far ahead.
+        known = self._promised.get((job, producer), index + FORGETFUL)
+        until = known if index < known else index + PROMISE
+        self._promised[job, producer] = until
+        return until
+
+    def _rebalance(self, job: Job, producer: int, index: int) -> None:
+        """Where the promises for a producer end, it may move to a worker with less to do."""
+        target = self._promised.get((job.spec.name, producer))
+        if target is None or index < target or job.hosts[producer][-1][0] > index:
+            return
+        last = Counter(hosts[-1][1] for hosts in job.hosts if hosts)
+        fewest = min(self.workers(), key=lambda name: (last[name], name))
+        if last[job.hosts[producer][-1][1]] > last[fewest] + 1:
+            self._host(job, producer, fewest, index, alone=False)
+
+    def _current(self) -> list[tuple[str, Demand]]:
+        now = self._clock()
+        return [
+            (job, demand)
+            for (job, _), (at, demand) in self._demands.items()
+            if now - at <= self._limit and job in self._ledger.jobs
+        ]
+
+    def _need(self, name: str, unmet: list[float], now: float) -> float:
+        spec = self._ledger.jobs[name].spec
+        rates = self._workers.rates(name, now) or self._rates.get(name, [])
+        self._rates[name] = rates
+        if spec.hosted:  # all consumers want the same elements
+            return min(need(max(unmet), rates), spec.producers)
+        return need(sum(unmet), rates)
 
 
-def _static(spec: JobSpec, consumer: int, first: int, count: int) -> list[tuple[int, int]]:
-    """Ordered: consumer i of n reads the ranges i, i + n, i + 2n, ..."""
-    ranges = []
-    for number in range(first, first + count):
-        start = (number * spec.consumers + consumer) * spec.split
-        stop = start + spec.split if spec.length is None else min(start + spec.split, spec.length)
-        if start >= stop:
-            break
-        ranges.append((start, stop))
-    return ranges
+def _segment(hosts: list[tuple[int, str, int]], index: int) -> int:
+    """Which entry makes element ``index``; -1: none."""
+    return max((at for at, host in enumerate(hosts) if host[0] <= index), default=-1)
 
 
-def _next_ranges(job: Job, count: int) -> list[tuple[int, int]]:
-    """Not yet granted: first what was given back."""
-    ranges = job.returned[: max(count, 0)]
+def _next_ranges(job: Job, count: int) -> list[Range]:
+    """Not yet granted to anybody."""
+    ranges: list[Range] = []
     cursor, length = job.cursor, job.spec.length
     while len(ranges) < count and (length is None or cursor < length):
         stop = cursor + job.spec.split
@@ -364,6 +343,3 @@ def _next_ranges(job: Job, count: int) -> list[tuple[int, int]]:
         ranges.append((cursor, stop))
         cursor = stop
     return ranges
-
-
-__all__ = ["HOSTED_MODES", "SPLIT_MODES", "Dispatcher", "JobSpec", "Lease", "Place"]

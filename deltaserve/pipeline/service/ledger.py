@@ -19,6 +19,8 @@ Range = tuple[int, int]
 
 SPLIT_MODES = ("ordered", "dynamic")
 HOSTED_MODES = ("window", "lockstep", "rounds")
+# Of a producer; when there are more, every second is dropped.
+MOST_MARKS = 64
 
 
 @dataclass(frozen=True)
@@ -34,25 +36,37 @@ class JobSpec:
     name: str
     stream: str
     mode: str
-    consumers: int
-    length: int | None
-    split: int
+    consumers: int = 1
+    length: int | None = None
+    split: int = 1
     relaxed: bool = False
     producers: int = 1
     options: str = ""
+
+    @property
+    def hosted(self) -> bool:
+        return self.mode in HOSTED_MODES
+
+
+def ordered_range(spec: JobSpec, member: int, number: int) -> Range | None:
+    """Member i of n (consumers; or producers, of a hosted stream) reads the ranges i, i + n,
+    i + 2n, ...; None after the end of the source."""
+    members = spec.producers if spec.hosted else spec.consumers
+    start = (number * members + member) * spec.split
+    if spec.length is None:
+        return start, start + spec.split
+    return (start, min(start + spec.split, spec.length)) if start < spec.length else None
 
 
 @dataclass
 class Job:
     spec: JobSpec
     cursor: int = 0
-    """The first position that nobody was granted."""
-    returned: list[Range] = field(default_factory=list)
-    """Granted once, and given back."""
+    """The first position that nobody was granted (dynamic jobs)."""
     grants: list[list[Range]] = field(default_factory=list)
-    """Of each consumer, in the order in which it reads them."""
+    """Of each consumer, in the order in which it reads them (dynamic jobs)."""
     acked: list[tuple[int, int]] = field(default_factory=list)
-    """Of each consumer: the grant and the offset in it, or the element, of its last checkpoint."""
+    """Of each consumer, its last checkpoint: the grant and the row in it; or the element, and 0."""
     marks: list[list[tuple[int, Any]]] = field(default_factory=list)
     """Of each producer: element numbers, and the state from which they can be made again."""
     hosts: list[list[tuple[int, str, int]]] = field(default_factory=list)
@@ -103,34 +117,16 @@ class Ledger:
     def _grant(self, record: Record) -> None:
         job = self.jobs[record["job"]]
         for start, stop in record["ranges"]:
-            if (start, stop) in job.returned:
-                job.returned.remove((start, stop))
-            else:
-                assert start == job.cursor
-                job.cursor = stop
+            assert start == job.cursor
+            job.cursor = stop
             job.grants[record["consumer"]].append((start, stop))
 
     def _ack(self, record: Record) -> None:
         job = self.jobs[record["job"]]
-        consumer, at = record["consumer"], (record["number"], record["offset"])
-        job.acked[consumer] = at
-        if job.spec.mode in HOSTED_MODES:
+        job.acked[record["consumer"]] = (record["number"], record["offset"])
+        if job.spec.hosted:
             for producer in range(job.spec.producers):
                 _forget_marks(job, producer)
-
-    def _reclaim(self, record: Record) -> None:
-        """What a lost consumer had beyond its last checkpoint goes to the others."""
-        job = self.jobs[record["job"]]
-        consumer = record["consumer"]
-        number, position = record["number"], record["position"]
-        grants = job.grants[consumer]
-        rest = grants[number:]
-        del grants[number:]
-        if rest and position > rest[0][0]:
-            grants.append((rest[0][0], position))
-            rest[0] = (position, rest[0][1])
-        job.returned.extend((start, stop) for start, stop in rest if start < stop)
-        job.returned.sort()
 
     def _mark(self, record: Record) -> None:
         job = self.jobs[record["job"]]
@@ -153,3 +149,5 @@ def _forget_marks(job: Job, producer: int) -> None:
     marks = job.marks[producer]
     first = max((at for at, mark in enumerate(marks) if mark[0] <= oldest), default=0)
     del marks[:first]
+    if len(marks) > MOST_MARKS:
+        del marks[1:-1:2]

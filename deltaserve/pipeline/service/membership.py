@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+# Splits that a worker on the consumer's own host has at hand before others are asked.
+LOCAL_DEPTH = 2
 
 
 @dataclass
 class _Worker:
     seen: float
     node: str = ""
-    throughput: float = 0.0
+    rates: dict[str, float] = field(default_factory=dict)
     leases: int = 0
     suspected: float = float("-inf")
     """When somebody got no answer from it; until its next sign of life others come first."""
@@ -23,15 +26,13 @@ class Workers:
         self._limit = limit_s
         self._workers = {name: _Worker(now) for name in presumed}
 
-    def beat(self, name: str, node: str, throughput: float, now: float) -> bool:
-        """A sign of life. True: the worker is new, or was dead."""
+    def beat(self, name: str, node: str, rates: Mapping[str, float], now: float) -> None:
+        """A sign of life. rates: of each job, what it prepares in a second of work."""
         worker = self._workers.get(name)
-        new = worker is None or now - worker.seen > self._limit
-        if worker is None or new:
+        if worker is None or now - worker.seen > self._limit:
             worker = self._workers[name] = _Worker(now)
         worker.seen, worker.node = now, node
-        worker.throughput = throughput or worker.throughput
-        return new
+        worker.rates.update(rates)
 
     def remove(self, name: str) -> None:
         self._workers.pop(name, None)
@@ -45,28 +46,26 @@ class Workers:
             del self._workers[name]
         return sorted(n for n, w in self._workers.items() if now - w.seen <= self._limit)
 
-    def choose(self, now: float, node: str = "") -> str:
-        """The best of the living: not suspected, on the node, with the least to do. Empty: none
-        is left."""
+    def choose(self, now: float, load: Mapping[str, int], node: str = "") -> str:
+        """The best of the living, empty if there is none: not suspected; on the node, while it
+        is not busy; with the least to do. load: what each has to do beside its leases."""
 
-        def order(name: str) -> tuple[bool, int, bool, str]:
+        def order(name: str) -> tuple[bool, bool, int, str]:
             worker = self._workers[name]
-            suspected = worker.suspected >= worker.seen
-            return suspected, worker.leases, bool(node) and worker.node != node, name
+            todo = worker.leases + load.get(name, 0)
+            near = bool(node) and worker.node == node and todo < LOCAL_DEPTH
+            return worker.suspected >= worker.seen, not near, todo, name
 
         return min(self.alive(now), key=order, default="")
 
-    def take(self, now: float, node: str = "") -> str:
-        """Choose one, and count a lease for it."""
-        name = self.choose(now, node)
-        if name:
-            self._workers[name].leases += 1
-        return name
-
-    def give_back(self, name: str) -> None:
+    def lease(self, name: str, change: int) -> None:
+        """Count one lease more or less."""
         if name in self._workers:
-            self._workers[name].leases = max(0, self._workers[name].leases - 1)
+            self._workers[name].leases = max(0, self._workers[name].leases + change)
 
-    def throughputs(self, now: float) -> list[float]:
-        found = (self._workers[name].throughput for name in self.alive(now))
-        return [throughput for throughput in found if throughput > 0]
+    def leases(self, name: str) -> int:
+        return self._workers[name].leases if name in self._workers else 0
+
+    def rates(self, job: str, now: float) -> list[float]:
+        found = (self._workers[name].rates.get(job, 0.0) for name in self.alive(now))
+        return [rate for rate in found if rate > 0]

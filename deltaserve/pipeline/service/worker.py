@@ -1,0 +1,196 @@
+"""A worker: prepares ranges of the source, and hosts streams that several consumers share.
+
+It keeps nothing that cannot be made again: a range is prepared whole or not at all, and a hosted
+stream is remade from its last mark.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from deltaserve.errors import ServiceError
+from deltaserve.pipeline.service.feed import Feed
+from deltaserve.pipeline.service.ledger import JobSpec, ordered_range
+from deltaserve.pipeline.service.link import Link, WorkerLost
+from deltaserve.pipeline.service.program import HostedOptions, Program, open_elements
+from deltaserve.pipeline.service.shared import Chunk, Limits, SharedStream
+
+BEAT_S = 1.0
+MARK_EVERY_S = 1.0
+# Programs whose files and tokenizers stay open.
+OPEN_PROGRAMS = 8
+# A stream that nobody read for so long is closed.
+IDLE_S = 300.0
+
+
+class Worker:
+    """resolve: from what ``Link.share`` gave to the program."""
+
+    def __init__(self, name: str, link: Link, resolve: Callable[[Any], Program]) -> None:
+        self.name = name
+        self._link, self._resolve = link, resolve
+        self._heads: OrderedDict[str, Any] = OrderedDict()
+        self._streams: dict[tuple[str, int], tuple[int, SharedStream]] = {}
+        self._rates: dict[str, float] = {}
+        # One core: whatever is prepared, is prepared one after the other.
+        self._core = threading.Lock()
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+
+    # ---- life
+
+    def beat_until_stopped(self) -> None:
+        """Tell the dispatcher again and again that this worker lives; for a thread of its own."""
+        while not self._stopped.is_set():
+            try:
+                self._link.ask("beat", self.name, self._link.node, dict(self._rates), patience_s=0)
+            except ServiceError:
+                pass  # it is being restarted, and will hear the next one
+            self._close_idle()
+            self._stopped.wait(BEAT_S)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        for _, stream in self._streams.values():
+            stream.close()
+
+    # ---- splits
+
+    def prepare(self, job: str, reference: tuple[str, Any], start: int, stop: int) -> list[Any]:
+        """The rows of positions [start, stop)."""
+        with self._core:
+            began = time.perf_counter()
+            rows = self._head(reference)(start, stop)
+            self._measure(job, stop - start, time.perf_counter() - began)
+        return rows
+
+    # ---- hosted streams
+
+    def read(
+        self,
+        spec: JobSpec,
+        reference: tuple[str, Any],
+        place: tuple[int, int],
+        consumer: int,
+        index: int,
+        count: int,
+        wait_s: float,
+    ) -> Chunk:
+        """Elements of a producer from ``index`` on, pickled. place: the producer, and the epoch
+        under which this worker hosts it.
+
+        Raises:
+            WorkerLost: it hosts it no more.
+        """
+        chunk = self._stream(spec, reference, place, index).read(consumer, index, count, wait_s)
+        items = [item[consumer] if spec.mode == "rounds" else item for item in chunk.items]
+        return Chunk(chunk.first, items, chunk.ended, chunk.waits_for)
+
+    def _stream(
+        self, spec: JobSpec, reference: tuple[str, Any], place: tuple[int, int], index: int
+    ) -> SharedStream:
+        producer, epoch = place
+        key = (spec.name, producer)
+        with self._lock:
+            found = self._streams.get(key)
+            if found is not None and found[0] == epoch:
+                return found[1]
+            if found is not None and found[0] > epoch:
+                raise WorkerLost(f"{self.name} hosts {key} under a later epoch")
+            options = HostedOptions.parse(spec.options)
+            mode = "window" if spec.mode == "window" else "lockstep"
+            limits = Limits(mode, spec.consumers, options.elements, options.bytes)
+
+            def open_at(first: int) -> Iterator[tuple[Any, int]]:
+                return self._elements(spec, reference, producer, first)
+
+            stream = SharedStream(limits, index, open_at)
+            self._streams[key] = (epoch, stream)
+        if found is not None:
+            found[1].close()
+        return stream
+
+    def _elements(
+        self, spec: JobSpec, reference: tuple[str, Any], producer: int, first: int
+    ) -> Iterator[tuple[Any, int]]:
+        """Pickled elements from number ``first`` on, with their sizes."""
+        head = self._head(reference)
+
+        def fetch(number: int) -> list[Any] | None:
+            turn = ordered_range(spec, producer, number)
+            return None if turn is None else head(*turn)
+
+        elements = open_elements(self._resolve(reference[1]), spec, producer, Feed(fetch))
+        marks = self._link.ask("marks", spec.name, producer)
+        before = [mark for mark in marks if mark[0] <= first]
+        at, state = before[-1] if before else (0, None)
+        if state is not None:
+            elements.set_state(state)
+        marked = time.monotonic()
+        while True:
+            if at > first and time.monotonic() - marked > MARK_EVERY_S:
+                self._mark(spec.name, producer, at, elements)
+                marked = time.monotonic()
+            with self._core:
+                began = time.perf_counter()
+                element = next(elements, None)
+                if element is None:
+                    return
+                if at >= first:
+                    packed = _pack(element, spec)
+                self._measure(spec.name, 1, time.perf_counter() - began)
+            if at >= first:
+                yield packed
+            at += 1
+
+    def _mark(self, job: str, producer: int, index: int, elements: Any) -> None:
+        try:
+            self._link.ask("mark", job, producer, index, elements.get_state(), patience_s=0)
+        except ServiceError:
+            pass  # without it, another host has more to make again
+
+    # ---- inside
+
+    def _head(self, reference: tuple[str, Any]) -> Callable[[int, int], list[Any]]:
+        stream, shared = reference
+        with self._lock:
+            if stream in self._heads:
+                self._heads.move_to_end(stream)
+                return self._heads[stream]
+        head = self._resolve(shared).head()
+        with self._lock:
+            self._heads[stream] = head
+            if len(self._heads) > OPEN_PROGRAMS:
+                self._heads.popitem(last=False)
+        return head
+
+    def _measure(self, job: str, done: int, seconds: float) -> None:
+        rate = done / max(seconds, 1e-9)
+        old = self._rates.get(job)
+        # The mean of times, not of rates: a short one must not count for more.
+        self._rates[job] = rate if old is None else 1 / (0.8 / old + 0.2 / rate)
+
+    def _close_idle(self) -> None:
+        limit = time.monotonic() - IDLE_S
+        with self._lock:
+            idle = [key for key, (_, stream) in self._streams.items() if stream.used < limit]
+            streams = [self._streams.pop(key)[1] for key in idle]
+        for stream in streams:
+            stream.close()
+
+
+def _pack(element: Any, spec: JobSpec) -> tuple[Any, int]:
+    """Pickled once, however many consumers there are. It travels between processes of one
+    service, and is never stored."""
+    if spec.mode == "rounds":
+        parts = [pickle.dumps(part, protocol=5) for part in element]
+        return parts, sum(map(len, parts))
+    whole = pickle.dumps(element, protocol=5)
+    return whole, len(whole)
+
+
