@@ -83,6 +83,10 @@ class Dispatcher:
         """A worker goes; what it had is given to others when its consumers ask."""
         self._workers.remove(worker)
 
+    def suspect(self, worker: str) -> None:
+        """It did not answer; others come first until its next sign of life."""
+        self._workers.suspect(worker, self._clock())
+
     def workers(self) -> list[str]:
         return self._workers.alive(self._clock())
 

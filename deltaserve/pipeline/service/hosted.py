@@ -42,6 +42,7 @@ class Lane:
         self._place = Place("", 0, 0)
         self._items: deque[Any] = deque()
         self._asked: Future[Chunk] | None = None
+        self._ask_again = 0.0  # when there may be a worker again
         self.index = 0
         self.skipped = 0
 
@@ -56,7 +57,8 @@ class Lane:
             return False, None
         packed = self._items.popleft()
         self.index += 1
-        if len(self._items) < CHUNK // 2 and self._asked is None:
+        few = len(self._items) < CHUNK // 2
+        if few and self._asked is None and time.monotonic() > self._ask_again:
             self._ask(self.index + len(self._items))
         return True, pickle.loads(packed)
 
@@ -92,6 +94,7 @@ class Lane:
         if not self._place.worker or index >= self._place.until:
             self._place = self._link.ask("locate", self._spec.name, self._producer, index, failed)
             if not self._place.worker:
+                self._ask_again = time.monotonic() + POLL_S
                 return False
         place = (self._producer, self._place.epoch)
         count = min(CHUNK, self._place.until - index)

@@ -145,6 +145,7 @@ class SplitReader:
             except WorkerLost as lost:
                 pending.deaths += 1
                 if self._spec.relaxed:
+                    self._link.ask("suspect", pending.lease.worker)
                     self.lost_positions += pending.range[1] - pending.range[0]
                     return []
                 if pending.deaths >= MOST_DEATHS:

@@ -20,7 +20,6 @@ from deltaserve.pipeline.service.link import Link, WorkerLost
 from deltaserve.pipeline.service.program import HostedOptions, Program, open_elements
 from deltaserve.pipeline.service.shared import Chunk, Limits, SharedStream
 
-BEAT_S = 1.0
 MARK_EVERY_S = 1.0
 # Programs whose files and tokenizers stay open.
 OPEN_PROGRAMS = 8
@@ -31,8 +30,10 @@ IDLE_S = 300.0
 class Worker:
     """resolve: from what ``Link.share`` gave to the program."""
 
-    def __init__(self, name: str, link: Link, resolve: Callable[[Any], Program]) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, link: Link, resolve: Callable[[Any], Program], beat_s: float = 1.0
+    ) -> None:
+        self.name, self._beat_s = name, beat_s
         self._link, self._resolve = link, resolve
         self._heads: OrderedDict[str, Any] = OrderedDict()
         self._streams: dict[tuple[str, int], tuple[int, SharedStream]] = {}
@@ -52,7 +53,7 @@ class Worker:
             except ServiceError:
                 pass  # it is being restarted, and will hear the next one
             self._close_idle()
-            self._stopped.wait(BEAT_S)
+            self._stopped.wait(self._beat_s)
 
     def stop(self) -> None:
         self._stopped.set()

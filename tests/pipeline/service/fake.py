@@ -94,7 +94,7 @@ class Cluster:
     def add(self, node="here"):
         name = f"worker-{self.count}"
         self.count += 1
-        worker = Worker(name, self.link(node), lambda program: program)
+        worker = Worker(name, self.link(node), lambda program: program, self.limit / 4)
         self.workers[name] = worker
         # Alive at once, and then as real ones.
         self.link(node).ask("beat", name, node, {})

@@ -48,14 +48,14 @@ def test_ordered_consumers_share_the_source(cluster):
 
 @pytest.mark.parametrize("mode", ["ordered", "dynamic"])
 def test_killed_workers_and_dispatchers_and_consumers_lose_and_repeat_nothing(cluster, mode):
-    program = Numbers(1200, cost_s=0.0002)
+    program = Numbers(1200, cost_s=0.0015)
     for _ in range(3):
         cluster.add()
     seen, saved, done = [], None, threading.Event()
     rng = random.Random(1)
 
     def killer():
-        while not done.wait(0.15):
+        while not done.wait(0.08):
             what = rng.random()
             if what < 0.6:
                 cluster.kill(rng.choice([n for n in cluster.workers if n not in cluster.dead]))
