@@ -41,7 +41,11 @@ class SelectionError(DeltaServeError):
     """A pool, graph, utility or budget is wrong, or a selection cannot go on."""
 
 
-class ServiceError(DeltaServeError):
+class PipelineError(DeltaServeError):
+    """A plan, its data, or a saved state is wrong; the message names the operator or the row."""
+
+
+class ServiceError(PipelineError):
     """The service of input pipelines is unreachable, or cannot do what it was asked."""
 
 
