@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import Any
@@ -52,7 +53,6 @@ class DemandMeter:
             return self._wanted
 
     def _tell(self, command: str, *args: Any) -> None:
-        try:
+        # It is told again; and a consumer that is silent wants nothing.
+        with contextlib.suppress(ServiceError):
             self._link.ask(command, *self._key, *args, patience_s=0)
-        except ServiceError:
-            pass  # it is told again; and a consumer that is silent wants nothing

@@ -177,13 +177,6 @@ class Dispatcher:
         leases[number] = Lease(worker, self._next_epoch())
         return leases[number]
 
-    def ack(self, job: str, consumer: int, number: int, offset: int) -> None:
-        """A checkpoint: the next row is ``offset`` of grant ``number``; or, of a hosted stream,
-        the next element is ``number``."""
-        self._job(job, consumer)
-        record = {"op": "ack", "job": job, "consumer": consumer}
-        self._write(record | {"number": number, "offset": offset})
-
     # ---- hosted streams
 
     def locate(self, job: str, producer: int, index: int, failed: int = 0) -> Place:
@@ -205,6 +198,12 @@ class Dispatcher:
         last = at + 1 == len(hosts)
         until = self._promise(job, producer, index) if last else hosts[at + 1][0]
         return Place(hosts[at][1], hosts[at][2], until)
+
+    def ack(self, job: str, consumer: int, number: int) -> None:
+        """A checkpoint: the consumer will not ask for elements before ``number`` again, unless
+        it returns with an older one (which costs making more of them again)."""
+        self._job(job, consumer)
+        self._write({"op": "ack", "job": job, "consumer": consumer, "number": number})
 
     def mark(self, job: str, producer: int, index: int, state: Any) -> None:
         """From ``state``, a host makes the producer's elements from ``index`` on."""
@@ -252,7 +251,7 @@ class Dispatcher:
             name: {
                 "mode": job.spec.mode,
                 "granted": job.cursor,
-                "checkpoints": [list(at) for at in job.acked],
+                "checkpoints": list(job.acked),
                 "hosts": [list(map(list, hosts)) for hosts in job.hosts],
             }
             for name, job in self._ledger.jobs.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
@@ -173,7 +174,7 @@ class HostedReader:
         lanes = [lane.index for lane in self._lanes]
         return {"lanes": lanes, "ended": list(self._ended), "turn": self._turn}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         for lane, index in zip(self._lanes, state["lanes"], strict=True):
             lane.seek(index)
         self._ended, self._turn = list(state["ended"]), state["turn"]

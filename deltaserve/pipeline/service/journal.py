@@ -1,9 +1,9 @@
 """A write-ahead journal: what the dispatcher promised survives its death.
 
-One file of frames, each ``length, checksum, check of these two, content`` (content is JSON). A frame is on disk before
-``append`` returns, so whoever got an answer can rely on it. A file that was cut anywhere inside its
-last frame opens without that frame: nobody was told about it. Damage before the last frame is not
-a cut, and is refused.
+One file of frames, each ``length, checksum, check of these two, content`` (content is JSON). A
+frame is on disk before ``append`` returns, so whoever got an answer can rely on it. A file that
+was cut anywhere inside its last frame opens without that frame: nobody was told about it. Damage
+before the last frame is not a cut, and is refused.
 """
 
 from __future__ import annotations

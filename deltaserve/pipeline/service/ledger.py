@@ -15,7 +15,7 @@ from deltaserve.errors import ServiceError
 from deltaserve.pipeline.service.journal import Record
 
 Range = tuple[int, int]
-"""Positions ``[start, stop)`` of the plan's source."""
+"""Lists ``[start, stop)`` of a segment of the plan."""
 
 SPLIT_MODES = ("ordered", "dynamic")
 HOSTED_MODES = ("window", "lockstep", "rounds")
@@ -28,8 +28,8 @@ class JobSpec:
     """What all consumers of a job agree on.
 
     stream: digest of the plan with its seeds: what the elements depend on. mode: one of
-    SPLIT_MODES (consumers share the source's ranges) or HOSTED_MODES (consumers share a finished
-    stream). length: positions of the source, None when endless. split: positions per range.
+    SPLIT_MODES (consumers share a segment's lists) or HOSTED_MODES (consumers share a finished
+    stream). length: of the segment, in lists. split: lists per range.
     producers: streams of a job in rounds. options: of the mode, as text.
     """
 
@@ -65,8 +65,8 @@ class Job:
     """The first position that nobody was granted (dynamic jobs)."""
     grants: list[list[Range]] = field(default_factory=list)
     """Of each consumer, in the order in which it reads them (dynamic jobs)."""
-    acked: list[tuple[int, int]] = field(default_factory=list)
-    """Of each consumer, its last checkpoint: the grant and the row in it; or the element, and 0."""
+    acked: list[int] = field(default_factory=list)
+    """Of each consumer: the element after its last checkpoint (hosted streams)."""
     marks: list[list[tuple[int, Any]]] = field(default_factory=list)
     """Of each producer: element numbers, and the state from which they can be made again."""
     hosts: list[list[tuple[int, str, int]]] = field(default_factory=list)
@@ -106,7 +106,7 @@ class Ledger:
         spec = msgspec.convert(record["spec"], JobSpec)
         job = Job(spec)
         job.grants = [[] for _ in range(spec.consumers)]
-        job.acked = [(0, 0)] * spec.consumers
+        job.acked = [0] * spec.consumers
         job.marks = [[] for _ in range(spec.producers)]
         job.hosts = [[] for _ in range(spec.producers)]
         self.jobs[spec.name] = job
@@ -123,10 +123,9 @@ class Ledger:
 
     def _ack(self, record: Record) -> None:
         job = self.jobs[record["job"]]
-        job.acked[record["consumer"]] = (record["number"], record["offset"])
-        if job.spec.hosted:
-            for producer in range(job.spec.producers):
-                _forget_marks(job, producer)
+        job.acked[record["consumer"]] = record["number"]
+        for producer in range(job.spec.producers):
+            _forget_marks(job, producer)
 
     def _mark(self, record: Record) -> None:
         job = self.jobs[record["job"]]
@@ -145,7 +144,7 @@ class Ledger:
 
 def _forget_marks(job: Job, producer: int) -> None:
     """Keep the last mark that everybody is beyond, and all after it."""
-    oldest = min(number for number, _ in job.acked) // job.spec.producers
+    oldest = min(job.acked) // job.spec.producers
     marks = job.marks[producer]
     first = max((at for at, mark in enumerate(marks) if mark[0] <= oldest), default=0)
     del marks[:first]

@@ -111,21 +111,17 @@ class Rounds:
             self._given = state["given"]
 
     def _fill(self, window: int) -> None:
-        before = self._rows.get_state()
-        wanted = self._arrangement.look_ahead * self._arrangement.consumers * self._arrangement.batch
-        rows = list(itertools.islice(self._rows, wanted))
-        rest = len(rows) % self._arrangement.consumers
-        self.left_out = rest
-        rows = rows[: len(rows) - rest]
+        before, plan = self._rows.get_state(), self._arrangement
+        rows = list(itertools.islice(self._rows, plan.look_ahead * plan.consumers * plan.batch))
+        self.left_out = len(rows) % plan.consumers
+        rows = rows[: len(rows) - self.left_out]
         if not rows and self._window >= 0:
-            self._rounds, self._given = self._rounds[:0], 0
+            self._rounds, self._given = [], 0
             self._before, self._window = before, window
             return
         costs = [self._cost(row) for row in rows]
-        rng = np.random.Generator(
-            np.random.Philox(key=[self._arrangement.seed & (2**64 - 1), (self._producer << 40) + window])
-        )
-        order = arrange(costs, self._arrangement, rng)
+        key = [plan.seed & (2**64 - 1), (self._producer << 40) + window]
+        order = arrange(costs, plan, np.random.Generator(np.random.Philox(key=key)))
         self._rounds = [[[rows[at] for at in batch] for batch in each] for each in order]
         self._before, self._window, self._given = before, window, 0
 

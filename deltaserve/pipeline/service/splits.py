@@ -1,20 +1,21 @@
-"""Rows of a consumer's grants, prepared by workers (its own host's first), in order."""
+"""A consumer's grants, prepared by workers (its own host's first), in order."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from deltaserve.errors import ServiceError
+from deltaserve.pipeline.segments import CHUNK, Done
 from deltaserve.pipeline.service.demand import DemandMeter
 from deltaserve.pipeline.service.dispatcher import Lease
 from deltaserve.pipeline.service.ledger import JobSpec, Range
 from deltaserve.pipeline.service.link import Link, WorkerLost
-from deltaserve.pipeline.service.program import Program
+from deltaserve.pipeline.service.program import Lists, Program
 
 # A range that killed so many workers is itself to blame.
 MOST_DEATHS = 5
@@ -24,8 +25,8 @@ POLL_S = 0.2
 @dataclass
 class _Pending:
     range: Range
-    future: Future[list[Any]] | None = None
-    lease: Lease = Lease()
+    future: Future[list[Done]] | None = None
+    lease: Lease = field(default_factory=Lease)
     deaths: int = 0
 
     @property
@@ -34,27 +35,37 @@ class _Pending:
 
 
 class SplitReader:
-    """depth: ranges that are prepared at a time, or wait for their turn. local: threads of this
-    process that prepare ranges; what they cannot, goes to workers of the service."""
+    """place: the segment and its pass. reference: of the program, for workers. depth: ranges that
+    are prepared at a time, or wait for their turn. local: threads of this process that prepare
+    ranges; what they cannot, goes to workers of the service."""
 
     def __init__(
-        self, link: Link, spec: JobSpec, consumer: int, program: Program, depth: int, local: int
+        self,
+        link: Link,
+        spec: JobSpec,
+        consumer: int,
+        program: Program,
+        reference: tuple[str, Any],
+        place: tuple[int, int],
+        depth: int,
+        local: int,
     ) -> None:
         self._link, self._spec, self._consumer = link, spec, consumer
-        self._program, self._depth = program, depth
-        self._reference = (program.stream, link.share(program))
+        self._program, self._reference, self._place = program, reference, place
+        self._depth = depth
         self._pending: dict[int, _Pending] = {}
         self._next: int | None = None  # the grant to start next; None until the first fetch
         self._ended = False
         self._ask_again = 0.0  # when there may be a worker again
         self._threads = local
         self._pool = ThreadPoolExecutor(local, "local worker") if local else None
-        self._head: Callable[[int, int], list[Any]] | None = None
+        self._lists: Lists | None = None
+        self._opening = threading.Lock()
         self.demand = DemandMeter(link, spec.name, consumer)
         self.lost_positions = 0
 
-    def fetch(self, number: int) -> list[Any] | None:
-        """The rows of grant ``number``; None after the last.
+    def fetch(self, number: int) -> list[Done] | None:
+        """What became of the lists of grant ``number``; None after the last.
 
         Raises:
             ServiceError: nobody prepared them within the patience. PipelineError: of the plan.
@@ -69,11 +80,6 @@ class SplitReader:
         done = self._pending.pop(number).range
         self.demand.took(done[1] - done[0], time.monotonic() - began)
         return rows
-
-    def seek(self) -> None:
-        """The next fetch begins anew, wherever."""
-        self._pending.clear()
-        self._next, self._ended = None, False
 
     def close(self) -> None:
         self.demand.close()
@@ -117,21 +123,22 @@ class SplitReader:
             self._ask_again = time.monotonic() + POLL_S
         else:
             pending.future = self._link.call(
-                pending.lease.worker, "prepare", self._spec.name, self._reference, *pending.range
-            )
+                pending.lease.worker, "prepare", self._spec.name, self._reference, self._place,
+                *pending.range,
+            )  # fmt: skip
 
-    def _prepare(self, turn: Range) -> list[Any]:
-        if self._head is None:
-            self._head = self._program.head()
+    def _prepare(self, turn: Range) -> list[Done]:
+        with self._opening:
+            self._lists = self._lists or Lists(self._program)
         began = time.perf_counter()
-        rows = self._head(*turn)
+        rows = self._lists.run(self._place, *turn)
         seconds = max(time.perf_counter() - began, 1e-9)
         self.demand.local = self._threads * (turn[1] - turn[0]) / seconds
         return rows
 
     # ---- waiting
 
-    def _wait(self, number: int) -> list[Any]:
+    def _wait(self, number: int) -> list[Done]:
         pending = self._pending[number]
         limit = time.monotonic() + self._link.patience_s
         while True:
@@ -146,7 +153,7 @@ class SplitReader:
                 pending.deaths += 1
                 if self._spec.relaxed:
                     self._link.ask("suspect", pending.lease.worker)
-                    self.lost_positions += pending.range[1] - pending.range[0]
+                    self.lost_positions += CHUNK * (pending.range[1] - pending.range[0])
                     return []
                 if pending.deaths >= MOST_DEATHS:
                     raise self._poison(pending, lost) from lost
@@ -173,6 +180,6 @@ class SplitReader:
     def _poison(self, pending: _Pending, lost: Exception) -> ServiceError:
         start, stop = pending.range
         return ServiceError(
-            f"{MOST_DEATHS} workers died over positions {start} to {stop - 1} of job "
-            f"'{self._spec.name}' (last: {lost}); look at these rows, or at the workers' memory"
+            f"{MOST_DEATHS} workers died over positions {start * CHUNK} to {stop * CHUNK - 1} of "
+            f"job '{self._spec.name}' (last: {lost}); look at these rows, or at the workers' memory"
         )

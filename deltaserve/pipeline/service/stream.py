@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from deltaserve.errors import ServiceError
-from deltaserve.pipeline.service.feed import Feed
+from deltaserve.pipeline.cache import settings_of
+from deltaserve.pipeline.iterator import Pipeline
+from deltaserve.pipeline.plan import Plan
+from deltaserve.pipeline.service.executor import ServiceExecutor
 from deltaserve.pipeline.service.hosted import HostedReader
 from deltaserve.pipeline.service.ledger import HOSTED_MODES, SPLIT_MODES, JobSpec
 from deltaserve.pipeline.service.link import Link
 from deltaserve.pipeline.service.program import HostedOptions, Program
-from deltaserve.pipeline.service.splits import SplitReader
-
-# What a checkpoint must agree on with the stream that it is restored to.
-IDENTITY = ("job", "stream", "mode", "consumers", "consumer", "split", "producers")
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class JobOptions:
     near-equal cost for all consumers at a time (see rounds.py).
     relaxed (dynamic): at most once instead of exactly once: what a lost worker had is passed
     over, and a consumer that returns goes on with what nobody was given.
-    split: positions that are prepared at a time. depth: such ranges under way. local: threads of
-    the consumer's own process that prepare ranges, before workers are asked.
+    split: lists of 64 positions that are prepared at a time. depth: such ranges under way. local:
+    threads of the consumer's own process that prepare ranges, before workers are asked.
     producers (rounds): streams that can be on as many workers.
     peers_limit_s: how long to wait for the other consumers of lockstep and rounds.
     """
@@ -38,7 +38,7 @@ class JobOptions:
     consumer: int = 0
     consumers: int = 1
     relaxed: bool = False
-    split: int = 64
+    split: int = 1
     depth: int = 16
     local: int = 1
     producers: int = 1
@@ -62,14 +62,13 @@ class JobOptions:
                 "count from 0, local threads are 0 or more"
             )
 
-    def spec(self, program: Program) -> JobSpec:
+    def spec(self, stream: str) -> JobSpec:
         hosted = self.mode in HOSTED_MODES
         return JobSpec(
             name=self.name,
-            stream=program.stream,
+            stream=stream,
             mode=self.mode,
             consumers=self.consumers,
-            length=program.length,
             split=self.split,
             relaxed=self.relaxed,
             producers=self.producers,
@@ -84,79 +83,69 @@ class ServiceStream:
     patience; PipelineError as the plan does.
     """
 
-    def __init__(self, link: Link, program: Program, options: JobOptions) -> None:
+    def __init__(self, link: Link, plan: Plan, options: JobOptions, cache: str | None) -> None:
         self._link, self._options = link, options
-        self.spec = options.spec(program)
-        link.ask("register", self.spec)
-        consumer = options.consumer
-        self._splits: SplitReader | None = None
-        self._hosted: HostedReader | None = None
+        program = Program.of(plan, cache)
+        self.spec = options.spec(program.stream)
+        self._elements: HostedReader | Pipeline
         if self.spec.hosted:
-            self._hosted = HostedReader(
-                link, self.spec, consumer, program, options.peers_limit_s
+            link.ask("register", self.spec)
+            self._elements = HostedReader(
+                link, self.spec, options.consumer, program, options.peers_limit_s
             )
             return
-        self._splits = SplitReader(
-            link, self.spec, consumer, program, options.depth, options.local
+        self._executor = ServiceExecutor(
+            link, program, self.spec, options.consumer, options.depth, options.local
         )
-        self._feed = Feed(self._splits.fetch)
-        self._program = program
-        if options.relaxed:
-            self._skip_granted()
-        self._elements = program.elements(self._feed)
+        stream = program.stream if self._whole else f"{program.stream} of {self._identity()}"
+        settings = settings_of(cache)
+        self._elements = Pipeline(program.plan, stream, self._executor, None, settings)
 
     def __iter__(self) -> ServiceStream:
         return self
 
     def __next__(self) -> Any:
-        return next(self._hosted if self._hosted is not None else self._elements)
+        return next(self._elements)
 
     def get_state(self) -> dict[str, Any]:
-        """The place after the last element; the dispatcher is told of it. JSON can hold it."""
-        state: dict[str, Any] = dict(zip(IDENTITY, self._identity(), strict=True))
-        if self._hosted is not None:
-            number, offset = self._hosted.taken, 0
-            state["at"] = self._hosted.get_state()
-        else:
-            place = self._feed.get_state()
-            number, offset = place["grant"], place["row"]
-            state["at"] = self._elements.get_state()
-        self._link.ask("ack", self.spec.name, self._options.consumer, number, offset)
-        return state
+        """The place after the last element; plain values (JSON). That of a single ordered
+        consumer is also a state of the same plan anywhere else."""
+        state = self._elements.get_state()
+        if isinstance(self._elements, HostedReader):
+            number = self._elements.taken
+            self._link.ask("ack", self.spec.name, self._options.consumer, number)
+        return {**state, "job": self._identity()}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; a relaxed job goes on with what was not granted yet.
 
         Raises:
-            ServiceError: it belongs to another job.
+            PipelineError: it belongs to another plan or job.
         """
-        for name, mine in zip(IDENTITY, self._identity(), strict=True):
-            if state.get(name) != mine:
-                raise ServiceError(
-                    f"the saved state has {name} {state.get(name)!r}, this job {mine!r}; restore "
-                    "it with the plan and the options that it was saved with"
-                )
-        if self._hosted is not None:
-            self._hosted.set_state(state["at"])
-        elif not self.spec.relaxed:
-            assert self._splits is not None
-            self._splits.seek()
-            self._elements.set_state(state["at"])
+        saved, mine = state.get("job"), self._identity()
+        if not (saved is None and self._whole):
+            for name in mine:
+                if (saved or {}).get(name) != mine[name]:
+                    raise ServiceError(
+                        f"the saved state has {name} {(saved or {}).get(name)!r}, this job "
+                        f"{mine[name]!r}; restore it with the plan and the options that it was "
+                        "saved with"
+                    )
+        if not self.spec.relaxed:
+            self._elements.set_state(state)
 
     @property
     def skipped(self) -> int:
         """Elements that this consumer was too slow for (window)."""
-        return self._hosted.skipped if self._hosted is not None else 0
+        return self._elements.skipped if isinstance(self._elements, HostedReader) else 0
 
     @property
     def lost_positions(self) -> int:
         """Positions that went with a worker (relaxed)."""
-        return self._splits.lost_positions if self._splits is not None else 0
+        return 0 if self.spec.hosted else self._executor.lost_positions
 
     def close(self) -> None:
-        reader = self._hosted or self._splits
-        assert reader is not None
-        reader.close()
+        self._elements.close()
 
     def __enter__(self) -> ServiceStream:
         return self
@@ -164,13 +153,21 @@ class ServiceStream:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _identity(self) -> list[Any]:
-        spec = self.spec
-        consumer = self._options.consumer
-        return [
-            spec.name, spec.stream, spec.mode, spec.consumers, consumer, spec.split, spec.producers
-        ]  # fmt: skip
+    @property
+    def _whole(self) -> bool:
+        """Whether this is the stream that the plan gives everywhere."""
+        return self.spec.mode == "ordered" and self.spec.consumers == 1
 
-    def _skip_granted(self) -> None:
-        granted = self._link.ask("granted", self.spec.name, self._options.consumer)
-        self._feed.set_state({"grant": granted, "row": 0})
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree on with the stream that it is restored to. A job's name,
+        too: what a consumer was granted belongs to it (ordered ranges do not)."""
+        spec = self.spec
+        identity = {
+            "stream": spec.stream,
+            "mode": spec.mode,
+            "consumers": spec.consumers,
+            "consumer": self._options.consumer,
+            "split": spec.split,
+            "producers": spec.producers,
+        }
+        return identity if spec.mode == "ordered" else {"name": spec.name, **identity}

@@ -6,6 +6,7 @@ stream is remade from its last mark.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import threading
 import time
@@ -14,10 +15,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from deltaserve.errors import ServiceError
-from deltaserve.pipeline.service.feed import Feed
-from deltaserve.pipeline.service.ledger import JobSpec, ordered_range
+from deltaserve.pipeline.segments import Done
+from deltaserve.pipeline.service.ledger import JobSpec
 from deltaserve.pipeline.service.link import Link, WorkerLost
-from deltaserve.pipeline.service.program import HostedOptions, Program, open_elements
+from deltaserve.pipeline.service.program import HostedOptions, Lists, Program, hosted_elements
 from deltaserve.pipeline.service.shared import Chunk, Limits, SharedStream
 
 MARK_EVERY_S = 1.0
@@ -35,7 +36,7 @@ class Worker:
     ) -> None:
         self.name, self._beat_s = name, beat_s
         self._link, self._resolve = link, resolve
-        self._heads: OrderedDict[str, Any] = OrderedDict()
+        self._open: OrderedDict[str, Lists] = OrderedDict()
         self._streams: dict[tuple[str, int], tuple[int, SharedStream]] = {}
         self._rates: dict[str, float] = {}
         # One core: whatever is prepared, is prepared one after the other.
@@ -48,10 +49,9 @@ class Worker:
     def beat_until_stopped(self) -> None:
         """Tell the dispatcher again and again that this worker lives; for a thread of its own."""
         while not self._stopped.is_set():
-            try:
+            # A dispatcher that is being restarted will hear the next one.
+            with contextlib.suppress(ServiceError):
                 self._link.ask("beat", self.name, self._link.node, dict(self._rates), patience_s=0)
-            except ServiceError:
-                pass  # it is being restarted, and will hear the next one
             self._close_idle()
             self._stopped.wait(self._beat_s)
 
@@ -62,13 +62,15 @@ class Worker:
 
     # ---- splits
 
-    def prepare(self, job: str, reference: tuple[str, Any], start: int, stop: int) -> list[Any]:
-        """The rows of positions [start, stop)."""
+    def prepare(
+        self, job: str, reference: tuple[str, Any], place: tuple[int, int], start: int, stop: int
+    ) -> list[Done]:
+        """Lists [start, stop) of a segment."""
         with self._core:
             began = time.perf_counter()
-            rows = self._head(reference)(start, stop)
+            done = self._lists(reference).run(place, start, stop)
             self._measure(job, stop - start, time.perf_counter() - began)
-        return rows
+        return done
 
     # ---- hosted streams
 
@@ -120,13 +122,7 @@ class Worker:
         self, spec: JobSpec, reference: tuple[str, Any], producer: int, first: int
     ) -> Iterator[tuple[Any, int]]:
         """Pickled elements from number ``first`` on, with their sizes."""
-        head = self._head(reference)
-
-        def fetch(number: int) -> list[Any] | None:
-            turn = ordered_range(spec, producer, number)
-            return None if turn is None else head(*turn)
-
-        elements = open_elements(self._resolve(reference[1]), spec, producer, Feed(fetch))
+        elements = hosted_elements(self._resolve(reference[1]), spec, producer)
         marks = self._link.ask("marks", spec.name, producer)
         before = [mark for mark in marks if mark[0] <= first]
         at, state = before[-1] if before else (0, None)
@@ -150,25 +146,21 @@ class Worker:
             at += 1
 
     def _mark(self, job: str, producer: int, index: int, elements: Any) -> None:
-        try:
+        # Without it, another host has more to make again.
+        with contextlib.suppress(ServiceError):
             self._link.ask("mark", job, producer, index, elements.get_state(), patience_s=0)
-        except ServiceError:
-            pass  # without it, another host has more to make again
 
     # ---- inside
 
-    def _head(self, reference: tuple[str, Any]) -> Callable[[int, int], list[Any]]:
+    def _lists(self, reference: tuple[str, Any]) -> Lists:
+        """Of a program; called by whoever has the core."""
         stream, shared = reference
-        with self._lock:
-            if stream in self._heads:
-                self._heads.move_to_end(stream)
-                return self._heads[stream]
-        head = self._resolve(shared).head()
-        with self._lock:
-            self._heads[stream] = head
-            if len(self._heads) > OPEN_PROGRAMS:
-                self._heads.popitem(last=False)
-        return head
+        if stream not in self._open:
+            self._open[stream] = Lists(self._resolve(shared))
+            if len(self._open) > OPEN_PROGRAMS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(stream)
+        return self._open[stream]
 
     def _measure(self, job: str, done: int, seconds: float) -> None:
         rate = done / max(seconds, 1e-9)
@@ -193,5 +185,3 @@ def _pack(element: Any, spec: JobSpec) -> tuple[Any, int]:
         return parts, sum(map(len, parts))
     whole = pickle.dumps(element, protocol=5)
     return whole, len(whole)
-
-

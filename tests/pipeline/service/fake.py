@@ -3,79 +3,58 @@ can be cut. And a small program to run on it."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
+import pickle
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import cloudpickle
+import numpy as np
+
 from deltaserve.errors import ServiceError
+from deltaserve.pipeline import Plan, open_pipeline
 from deltaserve.pipeline.service.dispatcher import Dispatcher
 from deltaserve.pipeline.service.link import WorkerLost
 from deltaserve.pipeline.service.worker import Worker
 
 
-class Pairs:
-    """Elements: a batch of ``n`` rows; each row that number % 7 == 3 leaves out."""
-
-    def __init__(self, feed, n):
-        self.feed, self.n = feed, n
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        rows = list(itertools.islice(self.feed, self.n))
-        if not rows:
-            raise StopIteration
-        return rows
-
-    def get_state(self):
-        return self.feed.get_state()
-
-    def set_state(self, state):
-        self.feed.set_state(state)
+def seventh(row):
+    return row["n"] % 7 != 3
 
 
-class Numbers:
-    """Positions become rows (position, hash); every seventh is filtered, every fifth doubled."""
+def doubled(row):
+    return [row] * (2 if row["n"] % 5 == 0 else 1)
 
-    batch = 1
 
-    def __init__(self, length, n=4, cost_s=0.0):
-        self.length, self.n, self.cost_s = length, n, cost_s
-        self.stream = f"numbers-{length}-{n}"
+class Slow:
+    """A map that takes its time, and gives a row tokens."""
 
-    def head(self):
-        def rows(start, stop):
-            out = []
-            for at in range(start, stop):
-                if at % 7 == 3:
-                    continue
-                digest = hashlib.sha256(str(at).encode()).hexdigest()[:6]
-                out += [(at, digest)] * (2 if at % 5 == 0 else 1)
-            if self.cost_s:
-                time.sleep(self.cost_s * (stop - start))
-            return out
+    def __init__(self, seconds):
+        self.seconds = seconds
 
-        return rows
+    def __call__(self, row):
+        if self.seconds:
+            time.sleep(self.seconds)
+        return {**row, "input_ids": np.arange(1 + row["n"] * 37 % 50, dtype=np.int32)}
 
-    def elements(self, feed):
-        return Pairs(feed, self.n)
 
-    def rows(self, feed):
-        return Pairs(feed, 1)
+def numbers(folder, count, n=4, cost_s=0.0):
+    """A plan over a file of ``count`` rows: some filtered, some doubled, batches of ``n``."""
+    file = folder / f"numbers-{count}.jsonl"
+    if not file.exists():
+        file.write_text("".join(f'{{"n": {at}}}\n' for at in range(count)))
+    plan = Plan.from_jsonl(file).filter(seventh).flat_map(doubled).map(Slow(cost_s))
+    return plan.shuffle(7).batch(n, pad=0)
 
-    def collate(self, rows):
-        return rows
 
-    def lengths(self, row):
-        return [1 + row[0][0] % 50]
+def direct(plan):
+    """What the plan gives without a service."""
+    with open_pipeline(plan) as pipeline:
+        return [flat(element) for element in pipeline]
 
-    def direct(self):
-        """The whole stream, without a service."""
-        rows = self.head()(0, self.length)
-        return [rows[at : at + self.n] for at in range(0, len(rows), self.n)]
+
+def flat(element):
+    return [int(n) for n in element["n"]]
 
 
 class Cluster:
@@ -94,7 +73,7 @@ class Cluster:
     def add(self, node="here"):
         name = f"worker-{self.count}"
         self.count += 1
-        worker = Worker(name, self.link(node), lambda program: program, self.limit / 4)
+        worker = Worker(name, self.link(node), pickle.loads, self.limit / 4)
         self.workers[name] = worker
         # Alive at once, and then as real ones.
         self.link(node).ask("beat", name, node, {})
@@ -156,4 +135,4 @@ class FakeLink:
         return result
 
     def share(self, program):
-        return program
+        return cloudpickle.dumps(program)

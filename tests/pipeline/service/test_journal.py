@@ -45,7 +45,7 @@ def test_any_flipped_byte_before_the_end_is_found(tmp_path):
         data = bytearray(whole)
         data[at] ^= 0x10
         (tmp_path / "journal").write_bytes(data)
-        with pytest.raises(ServiceError, match="damaged at byte|not a journal"):
+        with pytest.raises(ServiceError, match=r"damaged at byte|not a journal"):
             read(tmp_path / "journal")
 
 
