@@ -84,7 +84,7 @@ class Dispatcher:
         self._workers.remove(worker)
 
     def suspect(self, worker: str) -> None:
-        """It did not answer; others come first until its next sign of life."""
+        """It did not answer, and gets nothing until its next sign of life."""
         self._workers.suspect(worker, self._clock())
 
     def workers(self) -> list[str]:

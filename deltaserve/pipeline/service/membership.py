@@ -16,7 +16,7 @@ class _Worker:
     rates: dict[str, float] = field(default_factory=dict)
     leases: int = 0
     suspected: float = float("-inf")
-    """When somebody got no answer from it; until its next sign of life others come first."""
+    """When somebody got no answer from it; until its next sign of life it gets nothing."""
 
 
 class Workers:
@@ -47,16 +47,18 @@ class Workers:
         return sorted(n for n, w in self._workers.items() if now - w.seen <= self._limit)
 
     def choose(self, now: float, load: Mapping[str, int], node: str = "") -> str:
-        """The best of the living, empty if there is none: not suspected; on the node, while it
-        is not busy; with the least to do. load: what each has to do beside its leases."""
+        """The best of those that live and are not suspected, empty if there is none: on the
+        node, while it is not busy; with the least to do. load: what each has to do beside its
+        leases."""
 
-        def order(name: str) -> tuple[bool, bool, int, str]:
+        def order(name: str) -> tuple[bool, int, str]:
             worker = self._workers[name]
             todo = worker.leases + load.get(name, 0)
             near = bool(node) and worker.node == node and todo < LOCAL_DEPTH
-            return worker.suspected >= worker.seen, not near, todo, name
+            return not near, todo, name
 
-        return min(self.alive(now), key=order, default="")
+        trusted = [n for n in self.alive(now) if self._workers[n].suspected < self._workers[n].seen]
+        return min(trusted, key=order, default="")
 
     def lease(self, name: str, change: int) -> None:
         """Count one lease more or less."""

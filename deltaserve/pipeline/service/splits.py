@@ -27,7 +27,7 @@ class _Pending:
     range: Range
     future: Future[list[Done]] | None = None
     lease: Lease = field(default_factory=Lease)
-    deaths: int = 0
+    deaths: set[str] = field(default_factory=set)
 
     @property
     def local(self) -> bool:
@@ -150,14 +150,15 @@ class SplitReader:
             try:
                 return pending.future.result(timeout=self._link.patience_s)
             except WorkerLost as lost:
-                pending.deaths += 1
+                pending.deaths.add(pending.lease.worker)
                 if self._spec.relaxed:
                     self._link.ask("suspect", pending.lease.worker)
                     self.lost_positions += CHUNK * (pending.range[1] - pending.range[0])
                     return []
-                if pending.deaths >= MOST_DEATHS:
+                if len(pending.deaths) >= MOST_DEATHS:
                     raise self._poison(pending, lost) from lost
                 pending.future = None
+                limit = time.monotonic() + self._link.patience_s
                 self._launch(number, pending, number, failed=pending.lease.epoch)
             except concurrent.futures.TimeoutError:
                 if self._alive(pending):
