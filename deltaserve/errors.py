@@ -99,3 +99,7 @@ class QueueFullError(RequestError):
 
 class EngineDeadError(DeltaServeError):
     """The engine stopped; nothing can be generated until the server is restarted (HTTP 503)."""
+
+
+class PipelineError(DeltaServeError):
+    """An input pipeline's plan, data, state or cache is wrong, or it cannot go on."""
