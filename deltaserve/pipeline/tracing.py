@@ -26,6 +26,8 @@ MADE, TAKEN, CALLS, TIMED, WEIGHT, WALL, CPU, QUEUED, BYTES, SIZED, READ, HELD, 
 """Of an operator's totals. WALL, CPU, QUEUED: of TIMED calls, each weighted by the calls that it
 stands for (WEIGHT); BYTES: of SIZED elements; HELD: sum of queue lengths at LOOKS."""
 WIDTH = 13
+# What timing one call costs, in readings of the clocks: three of them, and the bookkeeping.
+READS = 5
 
 
 @dataclass
@@ -76,13 +78,14 @@ class Recorder:
         return Probe(name, self)
 
     def thread(self) -> _Thread:
-        found = getattr(self._local, "thread", None)
-        if found is None:
+        try:
+            return self._local.thread
+        except AttributeError:
             with self._lock:
                 found = self._local.thread = _Thread(len(self._threads))
                 self._threads.append(found)
             found.cost_ns, found.child_ns = self._cost_ns, self._child_ns
-        return found
+            return found
 
     def totals(self) -> dict[str, list[float]]:
         """Sums over threads, by operator."""
@@ -127,7 +130,7 @@ class Probe:
         """The call made so many elements (``value`` the last, if it is to be sized) and took so
         many from the inputs."""
         thread = self._recorder.thread()
-        totals = thread.of(self.name)
+        totals = thread.totals.get(self.name) or thread.of(self.name)
         totals[MADE] += made
         totals[TAKEN] += taken
         totals[CALLS] += 1
@@ -166,8 +169,7 @@ class Probe:
         thread.weight = 0
         took = time.perf_counter_ns() - thread.entered
         thread.mean_ns = took if thread.mean_ns == 0 else 0.9 * thread.mean_ns + 0.1 * took
-        reads = thread.cost_ns + thread.child_ns
-        cost = reads * max(1, len(thread.totals))
+        cost = READS * thread.cost_ns * len(thread.totals)
         skipped = cost / (self._recorder.share * max(1.0, thread.mean_ns))
         thread.skip = min(MOST_SKIPPED, int(thread.random.expovariate(1.0) * skipped))
 
