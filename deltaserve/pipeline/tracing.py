@@ -8,17 +8,19 @@ few are timed, as many as keep the clocks under ``SHARE`` of the time; all are c
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from deltaserve.pipeline.clocks import Clock, Reading
-from deltaserve.pipeline.trace import OperatorFigures
+from deltaserve.pipeline.trace import OperatorFigures, Trace, merge
 
 SHARE = 0.01
 MOST_SKIPPED = 1000
@@ -76,6 +78,10 @@ class Recorder:
 
     def operator(self, name: str) -> Probe:
         return Probe(name, self)
+
+    def waiting(self) -> Probe:
+        """The probe around waiting for another stage's queue: nobody's own time."""
+        return Probe("", self)
 
     def thread(self) -> _Thread:
         try:
@@ -222,4 +228,76 @@ def figures(base: OperatorFigures, totals: list[float]) -> OperatorFigures:
         bytes=totals[BYTES] / max(1.0, totals[SIZED]) * totals[MADE],
         read_bytes=totals[READ],
         buffered=totals[HELD] / max(1.0, totals[LOOKS]),
+    )
+
+
+class Consumption:
+    """How long the consumer waited for elements, and worked on them between."""
+
+    def __init__(self) -> None:
+        self.elements = 0
+        self.stalled_ns = 0
+        self.worked_ns = 0
+        self._since = self.began = time.perf_counter_ns()
+
+    def asked(self) -> None:
+        """The consumer wants an element."""
+        now = time.perf_counter_ns()
+        self.worked_ns += now - self._since
+        self._since = now
+
+    def given(self) -> None:
+        """It has got one."""
+        now = time.perf_counter_ns()
+        self.stalled_ns += now - self._since
+        self._since = now
+        self.elements += 1
+
+    @property
+    def wall_ns(self) -> int:
+        return self._since - self.began
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def resident_bytes() -> dict[str, int]:
+    """Of this process and its children, by process id."""
+    import psutil
+
+    own = psutil.Process()
+    found = {}
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            found[str(process.pid)] = process.memory_info().rss
+    return found
+
+
+def make_trace(
+    bases: Sequence[OperatorFigures],
+    parts: Sequence[Mapping[str, list[float]]],
+    consumed: Consumption,
+    **about: Any,
+) -> Trace:
+    """bases: what the plan says of each operator, inputs first. parts: `Recorder.totals` of
+    each process. about: further fields of the trace."""
+    nothing = [0.0] * WIDTH
+    operators = {
+        base.name: merge([figures(base, part.get(base.name, nothing)) for part in parts])
+        for base in bases
+    }
+    return Trace(
+        operators,
+        bases[-1].name,
+        float(consumed.wall_ns),
+        float(consumed.stalled_ns),
+        float(consumed.worked_ns),
+        consumed.elements,
+        cores=usable_cores(),
+        resident=resident_bytes(),
+        **about,
     )

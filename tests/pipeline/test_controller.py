@@ -81,9 +81,7 @@ def test_half_the_demand_gives_threads_back_and_then_all_is_quiet():
 
 def test_threads_that_bring_nothing_are_taken_back():
     """The cores are the limit: more threads cannot help, and it does not try for ever."""
-    pipeline = Virtual(
-        {"parse": 0.05}, 0.005, {"parse": 5}, cpu={"parse": 0.02}, cores=2
-    )
+    pipeline = Virtual({"parse": 0.05}, 0.005, {"parse": 5}, cpu={"parse": 0.02}, cores=2)
     _, changes = pipeline.run(Controller(32), 60)
     assert pipeline.threads["parse"] == 5
     assert sum(1 for change in changes if change) == 2  # up, and back

@@ -61,9 +61,7 @@ def test_few_of_many_short_calls_are_timed_and_scaled_to_all():
 def test_all_threads_count_to_the_last_call():
     recorder = Recorder()
     work = {"inner_ns": 1000, "outer_ns": 1000}
-    threads = [
-        threading.Thread(target=nested, args=(recorder, 250), kwargs=work) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=nested, args=(recorder, 250), kwargs=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
