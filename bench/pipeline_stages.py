@@ -33,11 +33,14 @@ class Step:
 class _Parallel:
     """Threads that take from ``upstream`` one at a time and hand on in order."""
 
-    def __init__(self, step: Step, upstream: Iterator[Any], threads: int, recorder: Recorder | None):
+    def __init__(
+        self, step: Step, upstream: Iterator[Any], threads: int, recorder: Recorder | None
+    ):
         self.step, self.upstream = step, upstream
         self.probe = recorder.operator(step.name) if recorder else None
         self.idle = recorder.waiting() if recorder else None
-        self.target, self.ended, self.error = 0, False, None
+        self.target, self.ended = 0, False
+        self.error: BaseException | None = None
         self.taking, self.state = threading.Lock(), threading.Condition()
         self.ready: dict[int, Any] = {}
         self.next_in = self.next_out = 0
@@ -165,9 +168,7 @@ class Staged:
         stage = SOURCE
         for step in self.steps:
             before = (found[-1].name,)
-            if not step.serial:
-                stage = step.name
-            elif found[-1].serial is False:
+            if not step.serial or not found[-1].serial:
                 stage = step.name
             lanes = self.parallel[step.name].target if not step.serial else 1
             found.append(

@@ -34,7 +34,7 @@ class Drifting:
         time.sleep(self.tokenise_s)
         return element
 
-    def train(self, step_s, periods, period_s=0.4):
+    def train(self, step_s, periods, period_s=0.25):
         """Share of each period that the trainer waited; the controller looks after each."""
         stalls = []
         for _ in range(periods):

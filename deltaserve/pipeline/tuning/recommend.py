@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -42,12 +41,13 @@ def advise(
 
     Raises PipelineError: the trace is too short, or the memory too small.
     """
+    if not resources.locked:
+        gil = dict.fromkeys(trace.operators, 0.0)
     found = demands(trace, gil=gil)
     chosen: list[Place] = []
     refused: list[Place] = []
     if natures and epochs > 1:
-        free = resources.memory if math.isfinite(resources.memory) else float("inf")
-        chosen = place(found, natures, free)
+        chosen = place(found, natures, resources.memory)
         refused = [each for each in places(found, natures).values() if not each.legal]
     warm = demands(trace, gil=gil, cached={each.name for each in chosen})
     allocation = allocate(warm, resources)

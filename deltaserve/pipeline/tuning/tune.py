@@ -87,7 +87,7 @@ def tune(
 
     more: dict[str, Any] = {"gil": gil, "natures": natures, "epochs": epochs}
     before = traced(start)
-    lone = {name: 1 for name in start}
+    lone = dict.fromkeys(start, 1)
     calibration = before if dict(start) == lone else traced(lone)
     first = advise(calibration, resources, **more)
     threads = {name: first.allocation.threads[name] for name in start}
