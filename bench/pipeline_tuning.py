@@ -86,7 +86,7 @@ def tuning(report: Report, seed: int, seconds: float = 0.5) -> None:
         shares = []
         for case in cases(data):
             shares += _compare(report, case, seconds)
-    report.check("tuning", "median share of the grid's best", statistics.median(shares), least=0.97)
+    report.at_least("tuning", "median share of the grid's best", statistics.median(shares), 0.97)
 
 
 def _compare(report: Report, case: Case, seconds: float) -> list[float]:
@@ -103,7 +103,7 @@ def _compare(report: Report, case: Case, seconds: float) -> list[float]:
     shares = [each / rates[0] for each in rates[2:]]
     for (name, threads), share in zip(found.items(), shares, strict=True):
         label = f"{case.name}: from {name}, {_shown(threads)}, share of the best"
-        report.check("tuning", label, share, least=LEAST_SHARE)
+        report.at_least("tuning", label, share, LEAST_SHARE)
     return shares
 
 

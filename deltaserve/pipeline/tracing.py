@@ -22,7 +22,7 @@ import numpy as np
 from deltaserve.pipeline.clocks import Clock, Reading
 from deltaserve.pipeline.trace import OperatorFigures, Trace, merge
 
-SHARE = 0.01
+SHARE = 0.004
 MOST_SKIPPED = 1000
 MADE, TAKEN, CALLS, TIMED, WEIGHT, WALL, CPU, QUEUED, BYTES, SIZED, READ, HELD, LOOKS = range(13)
 """Of an operator's totals. WALL, CPU, QUEUED: of TIMED calls, each weighted by the calls that it

@@ -7,6 +7,7 @@ import pytest
 from deltaserve.errors import PipelineError
 from deltaserve.pipeline.trace import Trace, merge
 from deltaserve.pipeline.tuning.rates import (
+    Lone,
     bottleneck,
     by_cpu,
     by_wall,
@@ -51,11 +52,22 @@ def test_a_wall_clock_blames_the_victim_of_the_lock_and_the_bottleneck_is_named(
     """Python code holds the lock; batch, which needs little, waits for it most."""
     trace = chain(
         {"name": "parse", "cpu": 6, "wait": 2, "threads": 4},
-        {"name": "batch", "cpu": 0.1, "wait": 4, "serial": True, "stage": "consumer"},
+        {"name": "batch", "op": "batch", "cpu": 0.1, "wait": 40, "serial": True},
         cores=2,
     )
     assert by_wall(trace)[0] == "batch"
     assert bottleneck(trace) == "parse"
+
+
+def test_waiting_beyond_what_an_operator_does_alone_is_for_the_lock():
+    trace = chain(
+        {"name": "parse", "cpu": 6, "wait": 2, "threads": 4},
+        {"name": "tag", "cpu": 0.2, "wait": 60, "threads": 4},
+        cores=2,
+    )
+    assert by_wall(trace)[0] == "tag"
+    assert bottleneck(trace) == "tag"  # it might be a network
+    assert bottleneck(trace, lone={"tag": Lone(waited_s=1e-5)}) == "parse"
 
 
 def test_a_stage_that_waits_for_the_network_is_named():
@@ -66,7 +78,7 @@ def test_a_stage_that_waits_for_the_network_is_named():
 
 def test_work_without_the_lock_is_limited_by_cores():
     trace = chain({"name": "hash", "cpu": 6, "threads": 8}, {"name": "parse", "cpu": 2}, cores=2)
-    assert bottleneck(trace, gil={"hash": 0.05}) == "hash"
+    assert bottleneck(trace, lone={"hash": Lone(gil=0.05)}) == "hash"
 
 
 def test_root_prefetch_covers_what_is_not_yet_overlapped():

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltaserve.pipeline.clocks import Clock
+from deltaserve.pipeline.tuning.rates import Lone
 
 THREADS = 4
 STEPS = 40
@@ -88,6 +89,7 @@ def measure(call: Callable[[Any], Any], rows: Sequence[Any], threads: int, secon
     return Usage(cpu / calls / 1e9, waited / calls / 1e9)
 
 
-def calibrate(call: Callable[[Any], Any], rows: Sequence[Any], seconds: float = 0.25) -> float:
-    """The share g of one operator, from one thread and from four on sampled rows."""
-    return fit(measure(call, rows, 1, seconds), measure(call, rows, THREADS, seconds))
+def calibrate(call: Callable[[Any], Any], rows: Sequence[Any], seconds: float = 0.25) -> Lone:
+    """One operator on sampled rows, by one thread and by four."""
+    alone = measure(call, rows, 1, seconds)
+    return Lone(fit(alone, measure(call, rows, THREADS, seconds)), alone.waited_s)

@@ -18,6 +18,21 @@ from deltaserve.pipeline.trace import OperatorFigures, Trace
 
 
 @dataclass(frozen=True)
+class Lone:
+    """An operator as it is with nobody beside it (see `gil.calibrate`). gil: share of its CPU
+    time during which it holds the lock. waited_s: per element taken; what it waits beyond that
+    while the pipeline runs, it waits for the lock."""
+
+    gil: float = 1.0
+    waited_s: float = float("inf")
+
+
+UNKNOWN = Lone()
+# These never wait for a disk or a network, so what they wait is for the lock.
+WAITLESS = ("pack", "bucket", "batch", "shuffle", "repeat", "take", "mix", "interleave")
+
+
+@dataclass(frozen=True)
 class Demand:
     """Of one operator, per element of the root. visits: elements it makes; cpu_s, waited_s:
     on a core, and waiting while it holds its thread; element_bytes: of one of its own elements;
@@ -64,31 +79,34 @@ def visit_ratios(trace: Trace, cached: Collection[str] = ()) -> dict[str, float]
 
 
 def demands(
-    trace: Trace, *, gil: Mapping[str, float] | None = None, cached: Collection[str] = ()
+    trace: Trace, *, lone: Mapping[str, Lone] | None = None, cached: Collection[str] = ()
 ) -> dict[str, Demand]:
-    """Of all operators, inputs first. gil: shares by name, as `gil.calibrate` finds them; an
-    operator that is not named holds the lock all the time."""
+    """Of all operators, inputs first. lone: calibrations by name; an operator without one is
+    taken to hold the lock all the time, and to wait for something of its own."""
     visits = visit_ratios(trace, cached)
     return {
-        name: _demand(each, visits.get(name, 0.0), name in cached, (gil or {}).get(name, 1.0))
+        name: _demand(
+            each, 0.0 if name in cached else visits[name], (lone or {}).get(name, UNKNOWN)
+        )
         for name, each in trace.operators.items()
     }
 
 
-def _demand(each: OperatorFigures, visits: float, cached: bool, gil: float) -> Demand:
+def _demand(each: OperatorFigures, visits: float, lone: Lone) -> Demand:
     made = max(1, each.made)
-    per_root = 0.0 if cached else visits / made / 1e9
+    per_root = visits / made
+    waited_s = min(each.waited_ns / 1e9, lone.waited_s * max(1, each.taken))
     return Demand(
         each.name,
         each.op,
         each.stage or each.name,
         visits,
-        each.cpu_ns * per_root,
-        each.waited_ns * per_root,
+        each.cpu_ns / 1e9 * per_root,
+        0.0 if each.op in WAITLESS else waited_s * per_root,
         each.serial,
         each.bytes / made,
-        each.read_bytes * per_root * 1e9,
-        gil,
+        each.read_bytes * per_root,
+        lone.gil,
     )
 
 
@@ -105,14 +123,14 @@ def by_wall(trace: Trace) -> list[str]:
     return [e.name for e in sorted(figures, key=lambda e: -e.wall_ns / max(1, e.parallelism))]
 
 
-def bottleneck(trace: Trace, *, gil: Mapping[str, float] | None = None) -> str:
+def bottleneck(trace: Trace, *, lone: Mapping[str, Lone] | None = None) -> str:
     """The operator that limits the pipeline.
 
     The lock is a station like a core: operators that hold it add up. When they keep it busy
     more than the slowest stage keeps its threads, the one that holds it longest limits; else
     the operator that occupies its stage's threads longest.
     """
-    found = demands(trace, gil=gil)
+    found = demands(trace, lone=lone)
     stages = stage_loads(trace, found)
     cores = sum(each.cpu_s for each in found.values()) / max(1, trace.cores)
     lock = sum(each.cpu_s * each.gil for each in found.values()) / max(1, trace.processes)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deltaserve.pipeline.trace import Trace
 from deltaserve.pipeline.tuning.cacheplace import Nature, Place, place, places
 from deltaserve.pipeline.tuning.program import Allocation, Resources, allocate
-from deltaserve.pipeline.tuning.rates import Demand, bottleneck, demands, root_prefetch
+from deltaserve.pipeline.tuning.rates import Demand, Lone, bottleneck, demands, root_prefetch
 
 MOST_PREFETCH = 64
 
@@ -32,7 +32,7 @@ def advise(
     trace: Trace,
     resources: Resources,
     *,
-    gil: Mapping[str, float] | None = None,
+    lone: Mapping[str, Lone] | None = None,
     natures: Mapping[str, Nature] | None = None,
     epochs: int = 1,
 ) -> Advice:
@@ -42,17 +42,18 @@ def advise(
     Raises PipelineError: the trace is too short, or the memory too small.
     """
     if not resources.locked:
-        gil = dict.fromkeys(trace.operators, 0.0)
-    found = demands(trace, gil=gil)
+        known = lone or {}
+        lone = {name: replace(known.get(name, Lone()), gil=0.0) for name in trace.operators}
+    found = demands(trace, lone=lone)
     chosen: list[Place] = []
     refused: list[Place] = []
     if natures and epochs > 1:
         chosen = place(found, natures, resources.memory)
         refused = [each for each in places(found, natures).values() if not each.legal]
-    warm = demands(trace, gil=gil, cached={each.name for each in chosen})
+    warm = demands(trace, lone=lone, cached={each.name for each in chosen})
     allocation = allocate(warm, resources)
     return Advice(
-        bottleneck(trace, gil=gil),
+        bottleneck(trace, lone=lone),
         found,
         allocation,
         tuple(chosen),

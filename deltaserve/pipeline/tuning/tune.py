@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from deltaserve.pipeline.trace import Trace
 from deltaserve.pipeline.tuning.cacheplace import Nature
 from deltaserve.pipeline.tuning.program import Resources
+from deltaserve.pipeline.tuning.rates import Lone
 from deltaserve.pipeline.tuning.recommend import Advice, advise
 
 Threads = Mapping[str, int]
@@ -74,7 +75,7 @@ def tune(
     seconds: float = 2.0,
     elements: int | None = None,
     compute_s: float = 0.0,
-    gil: Mapping[str, float] | None = None,
+    lone: Mapping[str, Lone] | None = None,
     natures: Mapping[str, Nature] | None = None,
     epochs: int = 1,
 ) -> Tuned:
@@ -85,7 +86,7 @@ def tune(
         opened = open_with(threads)
         return run_traced(opened, seconds=seconds, elements=elements, compute_s=compute_s)
 
-    more: dict[str, Any] = {"gil": gil, "natures": natures, "epochs": epochs}
+    more: dict[str, Any] = {"lone": lone, "natures": natures, "epochs": epochs}
     before = traced(start)
     lone = dict.fromkeys(start, 1)
     calibration = before if dict(start) == lone else traced(lone)
