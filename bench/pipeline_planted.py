@@ -16,7 +16,6 @@ from typing import Any
 
 from deltaserve.bench.pipeline_stages import SOURCE, Staged, Step
 from deltaserve.bench.select_check import Report
-from deltaserve.pipeline.trace import Trace
 from deltaserve.pipeline.tracing import Recorder
 from deltaserve.pipeline.tuning.gil import calibrate
 from deltaserve.pipeline.tuning.rates import Lone, bottleneck, by_wall
@@ -76,24 +75,22 @@ def planted(place: str, cost: Cost, threads: int = 1) -> Staged:
     return Staged(source, steps, lanes, Recorder())
 
 
-def lock_bound() -> tuple[Trace, dict[str, Lone]]:
-    """Pure Python in four threads, beside a step of short native calls: it lets the lock go at
-    every call and must wait for it again, so its wall time is the longer one, and there is
-    nothing to be gained there."""
+def lock_bound(python: int = 9000, natives: int = 30) -> tuple[Staged, dict[str, Lone]]:
+    """Pure Python in eight threads, beside one thread of short native calls: it lets the lock
+    go at every call and must wait for it again, so per thread its wall time is the longer one."""
 
     def parse(number: int) -> int:
-        python_work(9000)
+        python_work(python)
         return number
 
     def tag(number: int) -> int:
-        for _ in range(8):
-            native_work(20_000)
+        for _ in range(natives):
+            native_work(3000)
         return number
 
     steps = [Step("parse", parse), Step("tag", tag)]
     lone = {step.name: calibrate(step.work, [0]) for step in steps}
-    threads = dict.fromkeys(lone, 4)
-    return run_traced(Staged(itertools.count, steps, threads, Recorder()), seconds=1.5), lone
+    return Staged(itertools.count, steps, {"parse": 8}, Recorder()), lone
 
 
 LONE = {"python": Lone(1.0), "native": Lone(0.0), "waiting": Lone(1.0)}
@@ -106,11 +103,19 @@ def naming(report: Report, seed: int) -> None:
         found = bottleneck(trace, lone={place: LONE[kind]})
         named.append(found == place)
         report.fact("names", f"{kind} planted at {place}: named", found)
-    trace, lone = lock_bound()
+    pipeline, lone = lock_bound()
+    trace = run_traced(pipeline, seconds=1.5)
     found, blamed = bottleneck(trace, lone=lone), by_wall(trace)[0]
-    report.fact("names", "lock-bound parse in 4 threads: named", found)
-    report.fact("names", "lock-bound parse in 4 threads: by wall time", blamed)
-    named.append(found == "parse" and blamed == "tag")
+    report.fact("names", "lock-bound parse in 8 threads: named", found)
+    report.fact("names", "lock-bound parse in 8 threads: by wall time", blamed)
+    named.append(found == "parse")
+    halved = {
+        name: statistics.median(run_traced(lock_bound(*sizes)[0], seconds=1.0).rate for _ in "123")
+        for name, sizes in {"": (9000, 30), "parse": (4500, 30), "tag": (9000, 15)}.items()
+    }
+    for name in ("parse", "tag"):
+        label = f"lock-bound: rate with half the work in {name}, times"
+        report.fact("names", label, halved[name] / halved[""])
     report.at_least("names", "share of planted bottlenecks named", statistics.mean(named), 1.0)
 
 
