@@ -1,0 +1,1 @@
+"""Input pipelines: a plan of operators, run with exact state. See docs/pipeline.md."""

@@ -88,8 +88,8 @@ def tune(
 
     more: dict[str, Any] = {"lone": lone, "natures": natures, "epochs": epochs}
     before = traced(start)
-    lone = dict.fromkeys(start, 1)
-    calibration = before if dict(start) == lone else traced(lone)
+    single = dict.fromkeys(start, 1)
+    calibration = before if dict(start) == single else traced(single)
     first = advise(calibration, resources, **more)
     threads = {name: first.allocation.threads[name] for name in start}
     after = traced(threads)
