@@ -41,6 +41,10 @@ class SelectionError(DeltaServeError):
     """A pool, graph, utility or budget is wrong, or a selection cannot go on."""
 
 
+class PipelineError(DeltaServeError):
+    """A plan, its data, or a saved state is wrong; the message names the operator or the row."""
+
+
 class OutputExistsError(DeltaServeError):
     """The output directory exists and is not empty."""
 
@@ -99,7 +103,3 @@ class QueueFullError(RequestError):
 
 class EngineDeadError(DeltaServeError):
     """The engine stopped; nothing can be generated until the server is restarted (HTTP 503)."""
-
-
-class PipelineError(DeltaServeError):
-    """An input pipeline's plan, data, state or cache is wrong, or it cannot go on."""
