@@ -59,7 +59,7 @@ def _generate(
     """Answer one batch; the number of tokens that count."""
     chats = [render(tokenizer, question.example.prompt) for question in questions]
     batch = tokenizer(chats, return_tensors="pt", padding=True, add_special_tokens=False)
-    out_BT = model.generate(  # type: ignore[misc]  # typed by a mixin
+    out_BT = model.generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         max_new_tokens=max(question.max_tokens for question in questions),

@@ -95,6 +95,8 @@ class EngineConfig:
     """Memory of the device for deltas; None lets the engine choose."""
     host_memory_bytes: int | None = None
     """Memory for deltas that are not on the device but shall need no disk; None: chosen."""
+    load_timeout_s: float = 300.0
+    """What reading and preparing a delta may take; then its requests end with an error."""
     merge_memory_bytes: int | None = None
     """Memory for deltas whose projections are kept dense (base + delta) as well: faster on a CPU
     where many rows use one. None takes a quarter of what is free on a CPU, nothing on a GPU."""
@@ -131,7 +133,7 @@ class EngineConfig:
             "delta_memory_bytes",
         ):
             _require_positive(name, getattr(self, name))
-        for name in ("slo_tpot_ms", "max_wait_s"):
+        for name in ("slo_tpot_ms", "max_wait_s", "load_timeout_s"):
             _require_duration(name, getattr(self, name))
         for name in ("host_memory_bytes", "merge_memory_bytes"):
             value = getattr(self, name)

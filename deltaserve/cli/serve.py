@@ -166,6 +166,13 @@ HostBytes = Annotated[
         "(default: chosen by the engine)"
     ),
 ]
+LoadTimeout = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds that reading a delta may take; then its requests end with an error. "
+        f"(default: {EngineConfig.load_timeout_s:g})"
+    ),
+]
 MergeBytes = Annotated[
     int | None,
     typer.Option(
@@ -252,6 +259,7 @@ def run(
     delta_memory_bytes: DeltaBytes = None,
     host_memory_bytes: HostBytes = None,
     merge_memory_bytes: MergeBytes = None,
+    load_timeout_s: LoadTimeout = None,
     scheduling_policy: Policy = None,
     max_queued_requests: QueuedRequests = None,
     max_queued_tokens: QueuedTokens = None,

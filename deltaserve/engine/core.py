@@ -76,7 +76,7 @@ class Engine:
                 Reader(digest),
                 OperandMaker(base, modules, vocab_size=vocab_size, dtype=dtype, device=device),
                 Prober(),
-                Loader(),
+                Loader(config.load_timeout_s),
                 base_version(config.served_model_name, base, digest, vocab_size),
             ),
             plan_deltas(config, device, free),

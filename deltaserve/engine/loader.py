@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import torch
@@ -63,14 +64,33 @@ class Background(Protocol):
     def close(self) -> None: ...
 
 
-class Loader:
-    """Runs jobs in order, ``THREADS`` at a time; their results wait until they are collected."""
+@dataclass(eq=False, slots=True)
+class _Task:
+    """A job on its way. started: when a thread took it, by the clock of ``time.monotonic``."""
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(THREADS, "deltaserve-load", _step_back)
+    job: Job
+    work: Callable[[], object]
+    started: float = math.inf
+
+
+class Loader:
+    """Runs jobs in order, ``THREADS`` at a time; their results wait until they are collected.
+
+    timeout_s: what a job may take. One that takes longer has failed, and another thread takes the
+    place of the one that it holds: a disk that never answers must not stop the other deltas. The
+    threads are daemons, so that it does not keep the process from ending either.
+    """
+
+    def __init__(self, timeout_s: float = math.inf) -> None:
+        self.timeout_s = timeout_s
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._running: list[_Task] = []
         self._done: deque[Done] = deque()
         self._arrived = threading.Event()
+        self._lock = threading.Lock()  # of what runs: a job ends once, by itself or by the clock
         self._pending = 0
+        for _ in range(THREADS):
+            self._start_thread()
 
     @property
     def idle(self) -> bool:
@@ -84,10 +104,11 @@ class Loader:
 
     def submit(self, job: Job, work: Callable[[], object]) -> None:
         self._pending += 1
-        self._pool.submit(self._run, job, work)
+        self._tasks.put(_Task(job, work))
 
     def collect(self) -> list[Done]:
         self._arrived.clear()
+        self._give_up()
         done = []
         while self._done:
             done.append(self._done.popleft())
@@ -95,25 +116,73 @@ class Loader:
         return done
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until a result has come, at most so long."""
-        self._arrived.wait(seconds)
+        """Until a result has come or a job has taken too long, at most so long."""
+        with self._lock:
+            oldest = min((task.started for task in self._running), default=math.inf)
+        left = max(oldest + self.timeout_s - time.monotonic(), 0.0)
+        if seconds is not None:
+            left = min(left, seconds)
+        elif math.isinf(left) and math.isfinite(self.timeout_s):
+            left = self.timeout_s  # what has not begun yet may take too long as well
+        self._arrived.wait(None if math.isinf(left) else left)
 
     def close(self) -> None:
         """Drop what waits; what runs ends by itself, however slow its disk is."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _run(self, job: Job, work: Callable[[], object]) -> None:
-        start = time.perf_counter()
-        result, error = None, None
         try:
-            result = work()
+            while True:
+                self._tasks.get_nowait()
+        except Empty:
+            for _ in range(THREADS):
+                self._tasks.put(None)
+
+    def _start_thread(self) -> None:
+        threading.Thread(target=self._serve, name="deltaserve-load", daemon=True).start()
+
+    def _serve(self) -> None:
+        """What a thread does until it is told to stop, or was given up."""
+        _step_back()
+        while (task := self._tasks.get()) is not None:
+            with self._lock:
+                task.started = time.monotonic()
+                self._running.append(task)
+            result, error = self._run(task)
+            if not self._end(task, result, error):
+                return
+
+    def _run(self, task: _Task) -> tuple[Any, str | None]:
+        """The job's result, or why it failed."""
+        try:
+            return task.work(), None
         except DeltaServeError as cause:
-            error = str(cause)
+            return None, str(cause)
         except Exception as cause:  # whatever it was, it concerns this delta alone
             logger.exception("a delta could not be loaded")
-            error = f"it could not be loaded: {type(cause).__name__}: {cause}"
-        self._done.append(Done(job, result, error, time.perf_counter() - start))
+            return None, f"it could not be loaded: {type(cause).__name__}: {cause}"
+
+    def _end(self, task: _Task, result: Any, error: str | None) -> bool:
+        """Note the result; False if the job had ended already."""
+        with self._lock:
+            if task not in self._running:
+                return False
+            self._running.remove(task)
+            self._done.append(Done(task.job, result, error, time.monotonic() - task.started))
         self._arrived.set()
+        return True
+
+    def _give_up(self) -> None:
+        """Fail the jobs that have taken too long, and replace their threads."""
+        now = time.monotonic()
+        with self._lock:
+            late = [task for task in self._running if now - task.started > self.timeout_s]
+        for task in late:
+            name = task.job.version.name
+            error = (
+                f"it was not loaded within {self.timeout_s:g} s (load_timeout_s): look at the disk "
+                "that holds it, then register it again"
+            )
+            if self._end(task, None, error):
+                logger.error("the delta %s is given up: %s", name, error)
+                self._start_thread()
 
 
 class Reader:
@@ -142,12 +211,14 @@ class Reader:
 
 def _step_back() -> None:
     """Lower this thread's priority, where threads have one of their own (Linux), and let torch
-    compute in it alone.
+    compute in it alone. An engine under a real-time policy does not pass that on.
 
     With more threads than cores OpenMP spins hardly any more between operations, for good: teams
     of the loading threads made each step of the engine 1.6 times as long.
     """
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # 0 is the calling thread
     if hasattr(os, "setpriority"):
         own = os.getpriority(os.PRIO_PROCESS, 0)
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(own + NICENESS, 19))

@@ -15,6 +15,7 @@ import pytest
 from deltaserve.compress.run import compress
 from deltaserve.engine.core import Engine
 from deltaserve.engine.layers import part_of
+from deltaserve.engine.loader import THREADS
 from deltaserve.engine.types import EngineRequest, FinishReason, TokenEvent
 from deltaserve.errors import BaseMismatchError, ConfigError, UnknownModelError
 from tests.engine_helpers import BASE, greedy, make_engine, run
@@ -235,6 +236,37 @@ def test_a_slow_disk_holds_nobody_up(
     assert info(engine, "slow").state == "loading"
     go_on.set()
     assert tokens_of(drive(engine)["slow"]) == answers[1]
+
+
+def test_disks_that_never_answer_do_not_keep_other_deltas_from_loading(
+    models: tuple[Path, list[Path]], answers: list[list[int]], tmp_path: Path
+) -> None:
+    base, deltas = models
+    engine = make_engine(base, {"m0": deltas[0]}, load_timeout_s=0.5)
+    go_on = threading.Event()
+    stuck = [shutil.copytree(deltas[1], tmp_path / f"stuck{i}") for i in range(THREADS)]
+
+    def opener(path: Path) -> BinaryIO:
+        if path.parent in stuck:
+            go_on.wait(60)
+        return path.open("rb")
+
+    engine.residency.source.opener = opener  # type: ignore[attr-defined]
+    for path in stuck:
+        engine.register(path.name, str(path))
+        engine.add(ask(path.name))
+    engine.register("good", str(deltas[2]))
+    engine.add(ask("good"))
+    events = drive(engine)
+    go_on.set()
+    assert tokens_of(events["good"]) == answers[2]
+    for path in stuck:
+        assert "load_timeout_s" in (events[path.name][-1].error or "")
+        assert info(engine, path.name).state == "error"
+    engine.register("stuck0", str(stuck[0]))  # the disk is back
+    engine.add(ask("stuck0", "again"))
+    assert tokens_of(drive(engine)["again"]) == answers[1]
+    engine.close()
 
 
 def test_what_is_unregistered_ends_its_requests_and_is_gone(
