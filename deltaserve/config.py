@@ -89,6 +89,9 @@ class EngineConfig:
     """Tokens in a KV block."""
     kv_cache_memory_bytes: int | None = None
     """Memory of the KV cache; None lets the engine choose."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that may be used; what is left of it beside the base and the largest
+    step goes to the KV cache and to deltas."""
     enable_prefix_caching: bool = True
     """Requests of one model share what they have in common at the beginning."""
     delta_memory_bytes: int | None = None
@@ -100,6 +103,9 @@ class EngineConfig:
     merge_memory_bytes: int | None = None
     """Memory for deltas whose projections are kept dense (base + delta) as well: faster on a CPU
     where many rows use one. None takes a quarter of what is free on a CPU, nothing on a GPU."""
+    enforce_eager: bool = False
+    """On a GPU, launch the kernels of each decode step one by one instead of replaying captured
+    steps (CUDA graphs). Slower; starts sooner and takes less memory."""
     deterministic: bool = False
     """A request's logits and tokens are the same to the bit, whatever shares the batch. Slow."""
 
@@ -135,6 +141,11 @@ class EngineConfig:
             _require_positive(name, getattr(self, name))
         for name in ("slo_tpot_ms", "max_wait_s", "load_timeout_s"):
             _require_duration(name, getattr(self, name))
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}, but must be above 0 "
+                "and at most 1"
+            )
         for name in ("host_memory_bytes", "merge_memory_bytes"):
             value = getattr(self, name)
             if value is not None and value < 0:

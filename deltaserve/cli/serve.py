@@ -192,6 +192,23 @@ Deterministic = Annotated[
     ),
 ]
 
+GpuShare = Annotated[
+    float | None,
+    typer.Option(
+        "--gpu-memory-utilization",
+        help="Share of a GPU's memory that may be used. "
+        f"(default: {EngineConfig.gpu_memory_utilization})",
+    ),
+]
+EnforceEager = Annotated[
+    bool | None,
+    typer.Option(
+        "--enforce-eager/--no-enforce-eager",
+        help="On a GPU, do without CUDA graphs: slower, but starts sooner and takes less memory. "
+        "(default: off)",
+        show_default=False,
+    ),
+]
 Policy = Annotated[
     str | None,
     typer.Option(help=f"fcfs, priority or vtc. (default: {EngineConfig.scheduling_policy})"),
@@ -256,6 +273,7 @@ def run(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     block_size: BlockSize = None,
     kv_cache_memory_bytes: KvBytes = None,
+    gpu_memory_utilization: GpuShare = None,
     enable_prefix_caching: PrefixCaching = None,
     delta_memory_bytes: DeltaBytes = None,
     host_memory_bytes: HostBytes = None,
@@ -268,6 +286,7 @@ def run(
     max_wait_s: MaxWait = None,
     share_prefixes_between_tenants: SharePrefixes = None,
     deterministic: Deterministic = None,
+    enforce_eager: EnforceEager = None,
 ) -> None:
     """Serve a base model and its deltas behind an OpenAI-compatible endpoint."""
     flags = dict(locals())

@@ -23,6 +23,7 @@ from deltaserve.server.openapi import add_schema
 from deltaserve.server.requests import Service
 from deltaserve.server.routes_chat import chat_router
 from deltaserve.server.routes_completions import completions_router
+from deltaserve.server.routes_console import console_router
 from deltaserve.server.routes_deltas import deltas_router
 from deltaserve.server.routes_embeddings import embeddings_router
 from deltaserve.server.routes_health import health_router
@@ -57,18 +58,19 @@ def create_app(
     app.state.config = config
     service = Service(client, tokenizers, config, metrics, office)
     app.include_router(models_router(service, int(time.time())))
-    app.include_router(health_router(client, drain))
+    app.include_router(health_router(client, drain, config))
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
     app.include_router(embeddings_router(service))
     app.include_router(tokenize_router(service))
     app.include_router(metrics_router(metrics))
+    app.include_router(console_router())
     if office is not None:
-        app.include_router(usage_router(office.usage))
+        app.include_router(usage_router(office.usage, office.limiter))
         if config.admin_key_sha256 is not None:
             deltas = Deltas(client, office.registry, office.sources, tokenizers)
             app.include_router(deltas_router(deltas, office.accounts))
-            app.include_router(tenants_router(office.accounts))
+            app.include_router(tenants_router(office.accounts, office.limiter))
     add_schema(app)
 
     async def on_error(request: Request, error: Exception) -> Response:
