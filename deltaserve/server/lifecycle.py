@@ -29,6 +29,7 @@ from deltaserve.server.drain import Drain
 from deltaserve.server.office import Office
 from deltaserve.server.restore import registered_deltas, remember
 from deltaserve.server.tokenizers import Tokenizers
+from deltaserve.server.traces import open_tracing
 from deltaserve.server.waiting_room import waiting_room
 
 FAREWELL_SECONDS = 2
@@ -49,6 +50,8 @@ def serve(config: ServerConfig) -> None:
         wanted = add_registered(config, office)
         print(f"Loading {wanted.engine.base}, {len(wanted.engine.deltas)} delta(s) ...", flush=True)
         with contextlib.ExitStack() as stack:
+            if (tracing := open_tracing(config.otlp_traces_endpoint)) is not None:
+                stack.callback(tracing.close)
             with waiting_room(listener, GuardedProtocol):
                 client = start_engine(wanted)
                 stack.callback(client.close)
@@ -56,7 +59,7 @@ def serve(config: ServerConfig) -> None:
             drain = Drain()
             if office is not None:
                 remember(client, office.registry, config.engine)
-            app = create_app(client, tokenizers, config, drain, office)
+            app = create_app(client, tokenizers, config, drain, office, tracing)
             names = [model.name for model in client.models()]
             settings = uvicorn.Config(
                 app,
