@@ -91,7 +91,8 @@ DeltaUrls = Annotated[
 MaxDelta = Annotated[
     int | None,
     typer.Option(
-        help=f"Bytes of the largest delta that is fetched. (default: {ServerConfig.max_delta_bytes})"
+        help="Bytes of the largest delta that is fetched. "
+        f"(default: {ServerConfig.max_delta_bytes})"
     ),
 ]
 LogFormat = Annotated[
