@@ -35,6 +35,7 @@ SERVER_KNOBS = (
     "request_timeout_s",
     "max_body_bytes",
     "log_format",
+    "otlp_traces_endpoint",
     "delta_urls",
     "max_delta_bytes",
 )
@@ -181,6 +182,9 @@ class ServerConfig:
     """Larger requests are refused."""
     log_format: LogFormat = "text"
     """"json": each line of the log is an object, with the id of the request it is about."""
+    otlp_traces_endpoint: str | None = None
+    """Where traces of requests are sent by OTLP over HTTP, such as
+    http://127.0.0.1:4318/v1/traces. Needs the extra "otel"."""
     api_key_sha256: bytes | None = field(default=None, repr=False)
     """Digest of the key that /v1 asks for (the knob ``api_key``); the key itself is not kept.
     For a single user: where there are tenants, each has its own."""
@@ -215,6 +219,9 @@ class ServerConfig:
         for name in ("delta_roots", "delta_urls"):
             if getattr(self, name) and self.admin_key_sha256 is None:
                 raise ConfigError(f"{name} has no use without admin_key: nobody could load a delta")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ConfigError("otlp_traces_endpoint must begin with http:// or https://")
         if self.managed and self.api_key_sha256 is not None:
             raise ConfigError("api_key is for a single user: make a tenant for it instead")
 

@@ -99,6 +99,10 @@ LogFormat = Annotated[
     str | None,
     typer.Option(help=f"Lines for people (text) or json. (default: {ServerConfig.log_format})"),
 ]
+OtlpEndpoint = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Send traces of requests here, by OTLP over HTTP."),
+]
 RequestTimeout = Annotated[
     float | None,
     typer.Option(
@@ -254,6 +258,7 @@ def run(
     delta_url: DeltaUrls = None,
     max_delta_bytes: MaxDelta = None,
     log_format: LogFormat = None,
+    otlp_traces_endpoint: OtlpEndpoint = None,
     engine_process: EngineProcess = None,
     engine_hang_s: EngineHang = None,
     drain_timeout_s: DrainTimeout = None,
