@@ -1,4 +1,4 @@
-"""``deltaserve pipeline``: look at a plan, and run it."""
+"""``deltaserve pipeline``: look at a plan, run it, and see what limits it."""
 
 from __future__ import annotations
 
@@ -85,6 +85,38 @@ def run(
             print(counts.summary(elements.skipped))
 
 
+def profile(
+    plan: PlanFile,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="How long to run; with --tune, up to three times.")
+    ] = 5.0,
+    threads: Annotated[int, typer.Option(help="Threads that work on rows.")] = 1,
+    processes: Annotated[int, typer.Option(help="Processes that do, instead.")] = 0,
+    trainer_ms: Annotated[
+        float, typer.Option(min=0, help="What the trainer takes for an element, imitated.")
+    ] = 0.0,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Find the number of threads, and measure it.")
+    ] = False,
+    picture: Annotated[Path | None, typer.Option(help="Write a picture here (SVG).")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write the trace here (JSON).")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of the plan's caches.")] = None,
+    allow_functions: Functions = False,
+) -> None:
+    """Run a plan for some seconds; name what limits it, and say what to set.
+
+    Example: deltaserve pipeline profile configs/pipeline/chat.yaml --tune --picture chat.svg
+    """
+    from deltaserve.cli.profile import profile_plan
+    from deltaserve.pipeline.plan import Plan
+
+    read = Plan.from_yaml(plan, allow_functions=allow_functions)
+    profile_plan(
+        read, seconds=seconds, threads=threads, processes=processes, trainer_s=trainer_ms / 1e3,
+        tuned=tune, picture=picture, trace_file=trace, cache=cache,
+    )  # fmt: skip
+
+
 class _Counts:
     """What came out."""
 
@@ -116,4 +148,4 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-SUBCOMMANDS = (show, run)
+SUBCOMMANDS = (show, run, profile)

@@ -10,11 +10,13 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from deltaserve.cli.main import dispatch
 from deltaserve.pipeline import Plan
+from deltaserve.pipeline.trace import Trace
 from tests.pipeline.pipelines import chats, texts, tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "pipeline"
@@ -54,6 +56,29 @@ def test_run_and_go_on(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     rest = capsys.readouterr().out.splitlines()[:-1]
     assert first + rest == elements
     assert json.loads(first[0])["input_ids"]
+
+
+def test_profile_names_what_limits(
+    chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The packer is left out, so that tokenising costs more than all else."""
+    text = (CONFIGS / "chat.yaml").read_text()
+    lines = [line for line in text.splitlines() if "cache" not in line and "pack" not in line]
+    text = "\n".join(lines).replace("epochs: 3", "epochs: null")
+    chat.write_text(text.replace("batch: {n: 4}", "batch: {n: 4, pad: 0}"))
+    picture, trace = tmp_path / "chat.svg", tmp_path / "trace.json"
+    options = ["--seconds", "1.5", "--picture", str(picture), "--trace", str(trace)]
+    assert dispatch(["pipeline", "profile", str(chat), *options]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "tokenize limits" in out or "chat_template limits" in out
+    found = Trace.read(trace)
+    assert 0 < found.elements <= found.operators["batch"].made  # some were made ahead
+    assert found.operators["tokenize"].made >= 4 * found.elements
+    assert found.operators["tokenize"].cpu_ns > found.operators["batch"].cpu_ns
+    assert ElementTree.fromstring(picture.read_text()).tag.endswith("svg")
+    assert dispatch(["pipeline", "profile", str(chat), "--seconds", "0.7", "--tune"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "elements/s with --threads 1" in out
 
 
 @pytest.mark.parametrize(
