@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ LOAD_WAIT_S = 0.005
 
 class Engine:
     """Synchronous and single-threaded: ``add``, then ``step`` until done."""
+
+    clock: Callable[[], float] = staticmethod(time.monotonic)
+    """Seconds; a simulation has its own."""
 
     def __init__(self, config: EngineConfig) -> None:
         """Load base and deltas. Raises DeltaServeError for whatever the user must mend."""
@@ -195,7 +199,7 @@ class Engine:
         and an event of several tokens exist already.
         """
         events = self._advance_loads() + self._take_prepared()
-        started = time.perf_counter()
+        started = self.clock()
         plan = self.scheduler.plan()
         if plan.rows:
             events += self._compute(plan, started)
@@ -207,17 +211,17 @@ class Engine:
 
     def _compute(self, plan: StepPlan, started: float) -> list[TokenEvent]:
         """Execute and commit what was planned."""
-        planned = time.perf_counter()
+        planned = self.clock()
         try:
             sampled = self.runner.execute(plan, self.residency.device.vocab_sizes)
         except Exception as error:
             if not out_of_memory(error):
                 raise
             return self._shed(plan, error)
-        executed = time.perf_counter()
+        executed = self.clock()
         self.scheduler.observe(plan, executed - planned)
         events = self.scheduler.commit(plan, sampled)
-        committed = time.perf_counter()
+        committed = self.clock()
         self.counters.count(plan, planned - started, executed - planned, committed - executed)
         self.residency.count_rows(plan.rows_of_slot)
         return events
@@ -257,6 +261,7 @@ class Engine:
             steps=counters.steps,
             mixed_steps=counters.mixed_steps,
             max_models_in_step=counters.max_models_in_step,
+            delta_segments=counters.delta_segments,
             prompt_tokens=scheduler.usage.total.prompt_tokens,
             cached_tokens=scheduler.usage.total.cached_tokens,
             generation_tokens=scheduler.usage.total.generation_tokens,
@@ -289,6 +294,7 @@ class Engine:
             byte_budget=byte_budget,
             gate=QueueGate(config.max_queued_requests, config.max_queued_tokens),
             max_wait_s=config.max_wait_s,
+            clock=self.clock,
         )
 
     def _load_deltas(self) -> None:

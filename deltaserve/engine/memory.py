@@ -58,7 +58,7 @@ def plan_memory(
     block_bytes = config.block_size * KVCache.bytes_per_token(model_config, dtype)
     wanted_len = _wanted_len(config, model_config)
     useful = config.max_num_seqs * -(-wanted_len // config.block_size) * block_bytes
-    kv, deltas = _divide(config, budget, useful, sum(sizes), device)
+    kv, deltas = divide(config, budget, useful, sum(sizes), device)
     _require_room(kv, deltas, budget, free)
     num_blocks = min(kv, useful) // block_bytes
     length = _fitting_len(config, wanted_len, num_blocks, block_bytes, kv)
@@ -88,10 +88,11 @@ def step_bytes(config: EngineConfig, model_config: Any, dtype: torch.dtype) -> i
     return int(tokens + dense + logits)
 
 
-def _divide(
+def divide(
     config: EngineConfig, budget: int, useful: int, known_deltas: int, device: str
 ) -> tuple[int, int]:
-    """(bytes of the KV cache, bytes of deltas): as given, else chosen."""
+    """(bytes of the KV cache, bytes of deltas): as given, else chosen. budget: for both; useful:
+    the most that the KV cache can use; known_deltas: all that are configured."""
     kv, deltas = config.kv_cache_memory_bytes, config.delta_memory_bytes
     if device != "cuda":
         chosen = int(budget * CPU_SHARE)

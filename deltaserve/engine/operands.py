@@ -32,7 +32,7 @@ from deltaserve.engine.transfer import Arrival, Transfer
 from deltaserve.errors import ArtifactError
 
 HEAD = "lm_head"
-MERGEABLE = ("int", "nm24", "nf4")
+MERGEABLE = ("int", "nm24", "nf4", "sparse", "sum")
 
 
 @dataclass(frozen=True)

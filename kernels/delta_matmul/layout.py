@@ -88,6 +88,8 @@ def refusal(enc: Encoded, dtype: torch.dtype) -> str | None:
             return f"{enc.params['bits']} bits"
         group = enc.params["group_size"]
         return f"group size {group}" if group % (NM24_LANES * QUAD) else None
+    if enc.codec == "lowrank" and enc.params.get("bits"):
+        return "quantised factors"
     if enc.codec in ("lowrank", "rows"):
         floats = [t for t in enc.tensors.values() if t.is_floating_point()]
         if enc.codec == "rows" and enc.params["bits"]:
