@@ -110,7 +110,7 @@ def stacked(rows: Sequence[Row], name: str) -> dict[str, Any]:
         if set(row.value) != set(fields):
             raise PipelineError(
                 f"{name}: row {row.key[1:]} has the fields {', '.join(row.value)}; "
-                f"row {rows[0].key[1:]} has {', '.join(fields)}"
+                f"row {rows[0].key[1:]} has {', '.join(fields)}: give all rows the same with a map"
             )
     return {field: _stack([row.value[field] for row in rows], field, name) for field in fields}
 

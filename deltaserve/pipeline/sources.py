@@ -252,29 +252,6 @@ class Tokens(_Files):
         return Tokens, self._given  # else the shards would travel
 
 
-class Selected(Source):
-    """Some rows of another source, in the order of a selection."""
-
-    def __init__(self, selection: Any, source: Source) -> None:
-        super().__init__()
-        self._source = source
-        self._rows = _selected_rows(selection, source)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def read(self, indices: Sequence[int]) -> list[Any]:
-        rows = self._source.read([int(self._rows[index]) for index in indices])
-        self.bytes_read = self._source.bytes_read
-        return rows
-
-    def digest(self) -> str:
-        return f"{self._source.digest()} {hashlib.sha256(self._rows.tobytes()).hexdigest()}"
-
-    def close(self) -> None:
-        self._source.close()
-
-
 KINDS: Mapping[str, Callable[..., Source]] = {
     "jsonl": JsonLines,
     "parquet": Parquet,
@@ -287,6 +264,8 @@ KINDS: Mapping[str, Callable[..., Source]] = {
 def open_source(node: Any) -> Source:
     """The source that a plan's node names. Raises PipelineError."""
     if node.op == "index":
+        from deltaserve.pipeline.selected import Selected
+
         return Selected(node.params["selection"], open_source(node.inputs[0]))
     return KINDS[node.op](**node.params)
 
@@ -322,41 +301,3 @@ def _shard(file: str, dtype: str) -> np.ndarray:
     if ids.ndim != 1 or ids.dtype.kind not in "ui":
         raise PipelineError(f"{file} holds {ids.dtype} {list(ids.shape)}, not a list of token ids")
     return ids
-
-
-def _selected_rows(selection: Any, source: Source) -> np.ndarray:
-    ids = _selection_ids(Path(selection)) if isinstance(selection, str) else list(selection)
-    if all(isinstance(each, int) for each in ids):
-        rows = np.array(ids, np.int64)
-        if len(rows) and (rows.min() < 0 or rows.max() >= len(source)):
-            raise PipelineError(
-                f"the index names row {int(rows.max())}; the source has {len(source)} rows"
-            )
-        return rows
-    wanted, found = set(ids), {}
-    for start in range(0, len(source), 1024):
-        numbers = range(start, min(start + 1024, len(source)))
-        for number, record in zip(numbers, source.read(numbers), strict=True):
-            if record is not None and record.get("id") in wanted:
-                found[record["id"]] = number
-    for each in ids:
-        if each not in found:
-            raise PipelineError(f"the source has no row with the id {each!r}")
-    return np.array([found[each] for each in ids], np.int64)
-
-
-def _selection_ids(path: Path) -> list[Any]:
-    file = path / "ids.jsonl" if path.is_dir() else path
-    if not file.exists() and (path / "ids.parquet").exists():
-        return extra("pyarrow.parquet").read_table(path / "ids.parquet")["id"].to_pylist()
-    if file.suffix == ".npy":
-        return np.load(file, allow_pickle=False).tolist()
-    return [record["id"] for record in _id_records(JsonLines((str(file),)))]
-
-
-def _id_records(lines: JsonLines) -> list[Any]:
-    records = lines.read(range(len(lines)))
-    for number, record in enumerate(records, 1):
-        if "id" not in record:
-            raise PipelineError(f"{lines.files[0]}, entry {number}: no field 'id'")
-    return records

@@ -97,8 +97,8 @@ class SegmentStream:
 
     def _require_some(self) -> None:
         """Nothing at all from a whole pass is a mistake, and with repeats would never end."""
-        read = (self._list + 1) * CHUNK
-        if self._some or read < min(self.segment.pass_length, self.segment.length):
+        least = min(self.segment.pass_length, self.segment.length)
+        if self._some or (self._list + 1) * CHUNK < least:
             return
         from deltaserve.pipeline.segments import leaves_of
 
@@ -111,8 +111,7 @@ class SegmentStream:
         )
         why = f" ({self._skipped} rows were broken and skipped)" if self._skipped else ""
         raise PipelineError(
-            f"{of}: not one of {read if read < self.segment.length else self.segment.length} rows "
-            f"passed {', '.join(drops) or 'reading'}{why}"
+            f"{of}: not one of {least} rows passed {', '.join(drops) or 'reading'}{why}"
         )
 
 

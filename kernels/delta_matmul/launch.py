@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ MAX_SPLIT = 8
 TILE_INPUTS = 512
 SHRINK_SPLIT = 8
 BLOCK_K = 64
+MAX_REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,20 @@ TILES = {
 }
 DENSE_TILE = Tile(64, 4, 3)
 ADD_TILE = Tile(256, 4, 1)
+
+
+def register_limit(capability: tuple[int, int], bits: int) -> dict[str, int]:
+    """The packed kernels' compiler options. Left alone, ptxas for GPUs before Hopper parks two to
+    four values on the stack to fit one more program on a multiprocessor; but not with 1 bit,
+    where the limit itself makes it do so."""
+    return {"maxnreg": MAX_REGISTERS} if capability < (9, 0) and bits > 1 else {}
+
+
+@cache
+def _own_limit(bits: int) -> dict[str, int]:
+    if not torch.cuda.is_available():
+        return {}
+    return register_limit(torch.cuda.get_device_capability(), bits)
 
 
 def grouped(
@@ -105,6 +121,7 @@ def _packed(
         BLOCK_N=tile.block_n,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **_own_limit(kind.bits),
     )
     if split > 1:
         packed.add_partials[(len(chunks.slot_C), triton.cdiv(width, ADD_TILE.block_n))](
@@ -127,7 +144,7 @@ def _lowrank(
     kind: Kind, table: Table, y_TN: torch.Tensor, x_TK: torch.Tensor, chunks: RowChunks
 ) -> None:
     num_rows, num_in = x_TK.shape
-    rank = max(operand.parts[0].shape[0] for operand in table.operands.values())
+    rank = table.rank
     partial_XTR = torch.empty(SHRINK_SPLIT, num_rows, rank, device=y_TN.device)
     routing = (chunks.slot_C, chunks.start_C, chunks.end_C)
     sizes = {
