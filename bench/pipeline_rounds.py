@@ -78,7 +78,7 @@ def _independent(plan: Plan) -> list[list[int]]:
 
 
 def _seconds(steps: list[list[int]]) -> float:
-    return sum(max(_step_seconds(-(-length // 32) * 32) for length in step) for step in steps)
+    return sum(max(_step_seconds(-(-length // 64) * 64) for length in step) for step in steps)
 
 
 @cache

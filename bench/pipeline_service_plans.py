@@ -52,7 +52,7 @@ def random_lengths(folder: Path, rows: int, sigma: float = 1.0, longest: int = 2
 
 
 def packed_text(folder: Path, rows: int = 12_000) -> Plan:
-    """Made-up text, tokenised by a tokenizer that is trained on it, packed in 2048, batches of 4."""
+    """Made-up text, its own tokenizer, packed in 2048, batches of 4."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     rng = np.random.default_rng(0)
@@ -103,13 +103,15 @@ def killer(service: Service, done: threading.Event, killed: list[str], seconds: 
 
     began = time.monotonic()
     while not done.wait(5):
-        if pids := processes(service):
+        pids = processes(service)
+        if pids:
             os.kill(pids[0], signal.SIGKILL)
             killed.append("worker")
         share = (time.monotonic() - began) / seconds
         if killed.count("dispatcher") < min(2, int(share * 3)):
             actor = ray.get_actor(dispatcher_name(service.name), namespace=NAMESPACE)
-            os.kill(ray.get(actor.__ray_call__.remote(_pid)), signal.SIGKILL)
+            pid: Any = ray.get(actor.__ray_call__.remote(_pid))
+            os.kill(pid, signal.SIGKILL)
             killed.append("dispatcher")
 
 
