@@ -25,8 +25,8 @@ ADMIN, ACME = "admin-secret", "sk-acme"
 HOSTILE = "<img src=x onerror=alert(1)>"
 TENANTS = {
     "tenants": [
-        {"id": "acme", "models": ["acme/*", "base"], "daily_token_budget": 100_000, "rpm_limit": 500,
-         "keys": [{"sha256": digest(ACME)}]},
+        {"id": "acme", "models": ["acme/*", "base"], "daily_token_budget": 100_000,
+         "rpm_limit": 500, "keys": [{"sha256": digest(ACME)}]},
     ]
 }  # fmt: skip
 

@@ -85,6 +85,13 @@ async function rebuild() {
   await Promise.all(VIEWS.filter((view) => view === current || (view.always && view.working)).map((view) => view.loop.start()));
 }
 
+// The form that had the focus is gone.
+async function entered() {
+  const loaded = rebuild();
+  current?.tab.focus();
+  await loaded;
+}
+
 function build(may) {
   for (const view of VIEWS) {
     view.loop.stop();
@@ -95,7 +102,7 @@ function build(may) {
   }
   byId("tabs-bar").hidden = !may.see;
   door.hidden = may.see;
-  door.replaceChildren(...(may.see ? [] : [signIn(rebuild)]));
+  door.replaceChildren(...(may.see ? [] : [signIn(entered)]));
   const there = VIEWS.filter(({ tab }) => !tab.hidden);
   choose(may.see ? there.find((view) => view === wanted) ?? there[0] : null);
   if (!may.see) door.querySelector("input").focus();
