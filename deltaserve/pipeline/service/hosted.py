@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
 from typing import Any
 
 from deltaserve.errors import ServiceError
@@ -75,7 +76,7 @@ class Lane:
             chunk = self._result()
             if chunk is None:  # the host is gone, or does not answer
                 failed, self._place = self._place.epoch, Place("", 0, 0)
-            elif chunk.items:
+            elif chunk.items or chunk.shared is not None:
                 self.skipped += chunk.first - self.index
                 self.index = chunk.first
                 self._items.extend(chunk.items)
@@ -98,7 +99,8 @@ class Lane:
                 self._ask_again = time.monotonic() + POLL_S
                 return False
         place = (self._producer, self._place.epoch)
-        count = min(CHUNK, self._place.until - index)
+        # Up to the same elements for all, so that they can be sent the same.
+        count = min(CHUNK - index % CHUNK, self._place.until - index)
         request = (self._spec, self._reference, place, self._consumer, index, count, WAIT_S)
         self._asked = self._link.call(self._place.worker, "read", *request)
         return True
@@ -107,7 +109,9 @@ class Lane:
         asked, self._asked = self._asked, None
         assert asked is not None
         try:
-            return asked.result(timeout=self._link.patience_s)
+            chunk = asked.result(timeout=self._link.patience_s)
+            shared = chunk.shared
+            return chunk if shared is None else replace(chunk, items=self._link.open(shared))
         except (WorkerLost, FutureTimeoutError):
             return None
 

@@ -23,11 +23,13 @@ AHEAD = 8
 
 @dataclass(frozen=True)
 class Chunk:
-    """Elements ``first``, first + 1, ...; none if they are not there yet. waits_for: consumers
-    that hold up the stream."""
+    """Elements ``first``, first + 1, ...; none if they are not there yet. shared: what
+    ``Link.share`` made of them, instead of ``items``. waits_for: consumers that hold up the
+    stream."""
 
     first: int
     items: Sequence[Any] = ()
+    shared: Any = None
     ended: bool = False
     waits_for: Sequence[int] = ()
 
@@ -86,12 +88,13 @@ class SharedStream:
         self._thread.start()
 
     def read(self, consumer: int, index: int, count: int, wait_s: float) -> Chunk:
-        """Up to ``count`` elements from ``index`` on; waits for the first of them. The consumer
-        has had all before ``index``.
+        """``count`` elements from ``index`` on; waits for them. Fewer: the stream ends, or there
+        is no room for more. The consumer has had all before ``index``.
 
         Raises what the stream raised.
         """
         limit = time.monotonic() + wait_s
+        count = min(count, self._limits.elements)
         with self._changed:
             self.used = time.monotonic()
             self._at[consumer] = index
@@ -99,8 +102,10 @@ class SharedStream:
                 self._rewind(index)
             self._drop()
             self._changed.notify_all()
-            while not self._readable(index):
+            while not self._readable(index, count):
                 left = limit - time.monotonic()
+                if left <= 0 and index < self._buffer.end:
+                    break
                 if left <= 0:
                     return Chunk(index, waits_for=self._slowest())
                 self._changed.wait(left)
@@ -130,8 +135,11 @@ class SharedStream:
             self._error, self._rewound = None, True
         return error
 
-    def _readable(self, index: int) -> bool:
-        return index < self._buffer.end or self._finished or self._error is not None
+    def _readable(self, index: int, count: int) -> bool:
+        end = self._buffer.end
+        if end >= index + count or self._finished or self._error is not None:
+            return True
+        return index < end and not self._room()
 
     def _rewind(self, index: int) -> None:
         """A consumer returned with an older checkpoint: make everything from there on again. The
