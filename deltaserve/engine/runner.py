@@ -119,7 +119,7 @@ class Runner:
         logits_SV = self.logits(hidden_TD[inputs.last_S], inputs.routing)
         _mask_foreign_tokens(logits_SV, [vocab_sizes[seq.slot] for seq in drawing])
         asking = [s for s, seq in enumerate(drawing) if seq.request.sampling.logprobs is not None]
-        raw_AV = logits_SV[asking] if asking else None
+        raw_AV = logits_SV[self._tensor(np.array(asking))] if asking else None
         for s, allowed in masks:
             _mask_disallowed(logits_SV[s], drawing[s], allowed.result())
         adjust(logits_SV, drawing)
@@ -308,7 +308,7 @@ def _mask_disallowed(logits_V: torch.Tensor, seq: Sequence, allowed_V: np.ndarra
     if not allowed_V.any():
         seq.failure = "the grammar allows no token of the model's vocabulary here"
         return
-    mask = torch.from_numpy(~allowed_V).to(logits_V.device)
+    mask = to_device(torch.from_numpy(~allowed_V), logits_V.device)
     logits_V[: len(mask)].masked_fill_(mask, float("-inf"))
 
 

@@ -12,7 +12,7 @@ import triton
 from deltaserve.kernels.delta_matmul import triton as packed
 from deltaserve.kernels.delta_matmul import triton_dense as dense
 from deltaserve.kernels.delta_matmul.chunks import CHUNK_ROWS, RowChunks
-from deltaserve.kernels.delta_matmul.layout import FIELDS, QUAD, Kind, Operand
+from deltaserve.kernels.delta_matmul.layout import FIELDS, LANES, QUAD, Kind, Operand
 
 if TYPE_CHECKING:
     from deltaserve.kernels.delta_matmul.grouped import Table
@@ -24,6 +24,7 @@ TILE_INPUTS = 512
 SHRINK_SPLIT = 8
 BLOCK_K = 64
 MAX_REGISTERS = 255
+WIDEST = (1, LANES[1][0])
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,21 @@ DENSE_TILE = Tile(64, 4, 3)
 ADD_TILE = Tile(256, 4, 1)
 
 
-def register_limit(capability: tuple[int, int], bits: int) -> dict[str, int]:
-    """The packed kernels' compiler options. Left alone, ptxas for GPUs before Hopper parks two to
-    four values on the stack to fit one more program on a multiprocessor; but not with 1 bit,
-    where the limit itself makes it do so."""
-    return {"maxnreg": MAX_REGISTERS} if capability < (9, 0) and bits > 1 else {}
+def register_limit(capability: tuple[int, int], kind: tuple[int, int]) -> dict[str, int]:
+    """The packed kernels' compiler options; kind: (bits, lanes).
+
+    Left alone, ptxas for GPUs before Hopper parks two to four values on the stack to fit one more
+    program on a multiprocessor; with the widest words of 1 bit, the limit itself makes it do so.
+    """
+    limited = capability < (9, 0) and kind != WIDEST
+    return {"maxnreg": MAX_REGISTERS} if limited else {}
 
 
 @cache
-def _own_limit(bits: int) -> dict[str, int]:
+def _own_limit(bits: int, lanes: int) -> dict[str, int]:
     if not torch.cuda.is_available():
         return {}
-    return register_limit(torch.cuda.get_device_capability(), bits)
+    return register_limit(torch.cuda.get_device_capability(), (bits, lanes))
 
 
 def grouped(
@@ -121,7 +125,7 @@ def _packed(
         BLOCK_N=tile.block_n,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **_own_limit(kind.bits),
+        **_own_limit(kind.bits, kind.lanes),
     )
     if split > 1:
         packed.add_partials[(len(chunks.slot_C), triton.cdiv(width, ADD_TILE.block_n))](

@@ -204,7 +204,9 @@ def examine(config: Config, dtype: str, capability: int) -> dict[str, Any]:
     source = ASTSource(config.kernel, signature, constexprs=config.constants, attrs=attributes)
     options = {"num_warps": config.warps, "num_stages": config.stages}
     if config.kernel is packed.packed_matmul:
-        options |= launch.register_limit(divmod(capability, 10), config.constants["BITS"])
+        options |= launch.register_limit(
+            divmod(capability, 10), (config.constants["BITS"], config.constants["LANES"])
+        )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return {
         "label": config.label,

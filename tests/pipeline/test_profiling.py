@@ -34,7 +34,10 @@ def lines(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("workers", [{"threads": 0}, {"threads": 2}, {"processes": 2}])
+@pytest.mark.parametrize(
+    "workers",
+    [{"threads": 0}, {"threads": 2}, pytest.param({"processes": 2}, marks=pytest.mark.slow)],
+)
 def test_a_slow_map_is_named_wherever_it_runs(lines: Path, workers: dict[str, int]) -> None:
     plan = Plan.from_jsonl([str(lines)]).map(quick).shuffle(seed=1).map(worked).batch(8)
     trace = run_traced(Profiled(plan, **workers), seconds=2.0)
@@ -44,7 +47,7 @@ def test_a_slow_map_is_named_wherever_it_runs(lines: Path, workers: dict[str, in
     slow = advice.demands[advice.bottleneck]
     assert slow.stage == ROWS
     if "threads" in workers:  # eight rows of half a millisecond each; processes are far ahead
-        assert slow.cpu_s == pytest.approx(8 * 0.0005, rel=0.4)
+        assert 0.7 * 8 * 0.0005 < slow.cpu_s < 3 * 8 * 0.0005
     assert trace.operators["batch"].stage == CONSUMER
     assert trace.operators["batch"].inputs == (names[-1],)
 

@@ -113,7 +113,7 @@ def test_a_name_that_is_taken_and_a_service_that_is_not_there(service, tmp_path)
     began = time.monotonic()
     with pytest.raises(ServiceError, match=r"'nowhere' did not answer for 0\.5 s"):
         connect("nowhere", patience_s=0.5)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 def test_a_dispatcher_that_stays_dead_is_told_after_the_patience(service, tmp_path):
@@ -125,7 +125,7 @@ def test_a_dispatcher_that_stays_dead_is_told_after_the_patience(service, tmp_pa
         began = time.monotonic()
         with pytest.raises(ServiceError, match="'other' did not answer for 1 s"):
             list(stream)
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 60
 
 
 @pytest.mark.slow

@@ -161,7 +161,7 @@ def test_a_dead_dispatcher_is_told_after_the_patience(tmp_path):
         began = time.monotonic()
         with pytest.raises(ServiceError, match="dispatcher does not answer"):
             list(stream)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20
     cluster.close()
 
 
