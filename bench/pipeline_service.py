@@ -72,7 +72,10 @@ def measure_sharing(folder: Path) -> list[dict[str, Any]]:
     results = []
     for mode in ("lockstep", "window"):
         for jobs in (1, 4, 16):
-            results.append({"mode": mode, "jobs": jobs, **_share(folder, plan, mode, jobs)})
+            # The least of two: what else the machine does only adds.
+            runs = [_share(folder, plan, mode, jobs, turn) for turn in range(2)]
+            best = min(runs, key=lambda run: run["cpu_s"])
+            results.append({"mode": mode, "jobs": jobs, **best})
             print(results[-1], flush=True)
     for result in results:
         alone = next(r for r in results if r["mode"] == result["mode"] and r["jobs"] == 1)
@@ -80,9 +83,9 @@ def measure_sharing(folder: Path) -> list[dict[str, Any]]:
     return results
 
 
-def _share(folder: Path, plan: Any, mode: str, jobs: int) -> dict[str, Any]:
+def _share(folder: Path, plan: Any, mode: str, jobs: int, turn: int) -> dict[str, Any]:
     counts, skipped = [0] * jobs, [0] * jobs
-    with Service(folder / f"share-{mode}-{jobs}", min_workers=1, max_workers=1) as service:
+    with Service(folder / f"share-{mode}-{jobs}-{turn}", min_workers=1, max_workers=1) as service:
         name = f"{mode}{jobs}"
 
         def consume(consumer: int) -> None:

@@ -25,8 +25,8 @@ NAMESPACE = "deltaserve-pipelines"
 # A worker or dispatcher that has not called after so long did not start.
 START_S = 60.0
 SCALE_EVERY_S = 0.5
-# Of the dispatcher's silence, until it counts as away.
-ANSWER_S = 2.0
+# An answer that takes longer is lost, and asked for again; every question may be repeated.
+ANSWER_S = 5.0
 
 
 class DispatcherActor:
@@ -70,7 +70,7 @@ class RayLink:
         while True:
             try:
                 answer = self._actor(dispatcher_name(self._service)).ask.remote(command, *args)
-                return self._ray.get(answer, timeout=max(limit - time.monotonic(), ANSWER_S))
+                return self._ray.get(answer, timeout=ANSWER_S)
             except self._ray.exceptions.RayTaskError as error:
                 raise self._cause(error) from None
             except (self._ray.exceptions.RayError, ValueError, ConnectionError) as error:
@@ -94,6 +94,8 @@ class RayLink:
             return result
 
         def done(asked: Future[Any]) -> None:
+            if not result.set_running_or_notify_cancel():
+                return  # nobody wants it any more
             error = asked.exception()
             if error is None:
                 result.set_result(asked.result())
@@ -110,7 +112,7 @@ class RayLink:
 
     def open(self, shared: Any) -> Any:
         try:
-            return self._ray.get(shared[0], timeout=self.patience_s)
+            return self._ray.get(shared[0], timeout=2 * ANSWER_S)
         except self._ray.exceptions.RayError as error:
             raise WorkerLost(str(error).partition("\n")[0]) from None
 

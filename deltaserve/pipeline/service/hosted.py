@@ -23,6 +23,8 @@ from deltaserve.pipeline.service.shared import Chunk
 CHUNK = 8
 WAIT_S = 1.0
 POLL_S = 0.2
+# A host answers after WAIT_S, if only that there is nothing yet.
+ANSWER_S = 10.0
 
 
 class Lane:
@@ -42,6 +44,7 @@ class Lane:
         self._reference, self._producer = reference, producer
         self._peers_limit_s = peers_limit_s
         self._place = Place("", 0, 0)
+        self._greeted = 0  # the last epoch under which a host answered
         self._items: deque[Any] = deque()
         self._asked: Future[Chunk] | None = None
         self._ask_again = 0.0  # when there may be a worker again
@@ -101,7 +104,9 @@ class Lane:
         place = (self._producer, self._place.epoch)
         # Up to the same elements for all, so that they can be sent the same.
         count = min(CHUNK - index % CHUNK, self._place.until - index)
-        request = (self._spec, self._reference, place, self._consumer, index, count, WAIT_S)
+        # A host needs the program once.
+        reference = self._reference if self._greeted != self._place.epoch else None
+        request = (self._spec, reference, place, self._consumer, index, count, WAIT_S)
         self._asked = self._link.call(self._place.worker, "read", *request)
         return True
 
@@ -109,7 +114,8 @@ class Lane:
         asked, self._asked = self._asked, None
         assert asked is not None
         try:
-            chunk = asked.result(timeout=self._link.patience_s)
+            chunk = asked.result(timeout=ANSWER_S)
+            self._greeted = self._place.epoch
             shared = chunk.shared
             return chunk if shared is None else replace(chunk, items=self._link.open(shared))
         except (WorkerLost, FutureTimeoutError):

@@ -81,7 +81,7 @@ class Worker:
     def read(
         self,
         spec: JobSpec,
-        reference: tuple[str, Any],
+        reference: tuple[str, Any] | None,
         place: tuple[int, int],
         consumer: int,
         index: int,
@@ -89,7 +89,7 @@ class Worker:
         wait_s: float,
     ) -> Chunk:
         """Elements of a producer from ``index`` on, pickled. place: the producer, and the epoch
-        under which this worker hosts it.
+        under which this worker hosts it. reference: of the program, to begin with.
 
         Raises:
             WorkerLost: it hosts it no more.
@@ -111,7 +111,7 @@ class Worker:
             return self._sent[key]
 
     def _stream(
-        self, spec: JobSpec, reference: tuple[str, Any], place: tuple[int, int], index: int
+        self, spec: JobSpec, reference: tuple[str, Any] | None, place: tuple[int, int], index: int
     ) -> SharedStream:
         producer, epoch = place
         key = (spec.name, producer)
@@ -121,6 +121,8 @@ class Worker:
                 return found[1]
             if found is not None and found[0] > epoch:
                 raise WorkerLost(f"{self.name} hosts {key} under a later epoch")
+            if reference is None:
+                raise WorkerLost(f"{self.name} closed {key}, which nobody read")
             options = HostedOptions.parse(spec.options)
             mode = "window" if spec.mode == "window" else "lockstep"
             limits = Limits(mode, spec.consumers, options.elements, options.bytes)
