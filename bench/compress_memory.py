@@ -61,6 +61,8 @@ def main() -> None:
             results.append({"run": name, **measure(root, name, options, limit, size)})
             print(results[-1], file=sys.stderr)
     command = f"python -m deltaserve.bench.compress_memory --limit-mb {arguments.limit_mb}"
+    if arguments.runs != list(RUNS):
+        command += " --runs " + " ".join(f"'{name}'" for name in arguments.runs)
     record(arguments.out, command, results)
 
 

@@ -92,9 +92,9 @@ def measure_candidates(pair: Pair, seed: int) -> Generator[None, None, dict[str,
         if work.get(file) is None or not _below(grads, layer):
             weights = pair.weights(pair.of_layer(layer))
             costs = through_layer(walk, grads, layer, weights)
-            grads.drop(layer + 1)
             found = {name: _tried(pair, name, costs[name]) for name in costs if _worth(pair, name)}
             work.put(file, _rows(found))
+        grads.drop(layer + 1)  # only now: a run that is killed while it fits begins here again
         pair.report("measure", len(walk) - layer, len(walk))
         yield
     if _worth(pair, pair.embedding):

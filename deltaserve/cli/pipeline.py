@@ -1,4 +1,4 @@
-"""``deltaserve pipeline``: look at a plan, run it, and see what limits it."""
+"""``deltaserve pipeline``: look at a plan, run it, see what limits it; the service."""
 
 from __future__ import annotations
 
@@ -144,8 +144,42 @@ class _Counts:
         return ", ".join(words)
 
 
+def serve(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Of the journal; kept over restarts.")
+    ],
+    name: Annotated[str, typer.Option(help="Of the service on its cluster.")] = "pipeline",
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster; by default one is started here.")
+    ] = None,
+    min_workers: Annotated[int, typer.Option(min=0, help="Workers, without demand too.")] = 0,
+    max_workers: Annotated[int, typer.Option(min=1, help="Workers, whatever is wanted.")] = 2,
+) -> None:
+    """Run the service that prepares plans for trainers, until Ctrl-C.
+
+    Trainers reach it with deltaserve.pipeline.service.cluster.connect.
+
+    Example: deltaserve pipeline serve ./journal --max-workers 4
+    """
+    from deltaserve.cli.progress import stop_on_sigterm
+    from deltaserve.pipeline.service.cluster import Service
+
+    limits = {"min_workers": min_workers, "max_workers": max_workers}
+    with stop_on_sigterm(), Service(folder, name=name, address=address, **limits) as service:
+        jobs = len(service.stats()["jobs"])
+        print(f"service '{name}' is ready ({jobs} jobs in {folder}); Ctrl-C ends it", flush=True)
+        before = -1
+        while True:
+            # A dispatcher that is being restarted answers a little later.
+            workers = len(service.stats()["workers"])
+            if workers != before:
+                print(f"workers: {workers}", flush=True)
+                before = workers
+            time.sleep(1)
+
+
 def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-SUBCOMMANDS = (show, run, profile)
+SUBCOMMANDS = (show, run, profile, serve)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from deltaserve.errors import PipelineError
 from deltaserve.pipeline.code import describe
 from deltaserve.pipeline.operators import OPERATORS, Attributes
+from deltaserve.pipeline.printing import tree
 
 if TYPE_CHECKING:
     from deltaserve.pipeline.specs import Spec
@@ -323,7 +324,7 @@ class Plan:
         return check(self)
 
     def __str__(self) -> str:
-        return "\n".join(_tree(self.root, ""))
+        return "\n".join(tree(self.root, ""))
 
     @classmethod
     def from_yaml(cls, file: str | Path, *, allow_functions: bool = False) -> Plan:
@@ -381,25 +382,3 @@ def _candidates(name: str) -> Iterator[str]:
     while True:
         yield f"{name}-{number}"
         number += 1
-
-
-def _tree(node: Node, indent: str) -> list[str]:
-    shown = ", ".join(
-        f"{key}={_short(value)}" for key, value in node.params.items() if value is not None
-    )
-    name = f" [{node.name}]" if node.name and node.name != node.op else ""
-    flags = " random" if node.attributes.random else ""
-    flags += "" if node.attributes.deterministic else " nondeterministic"
-    lines = [f"{indent}{node.op}({shown}){name}{flags}"]
-    for below in node.inputs:
-        lines += _tree(below, indent + "  ")
-    return lines
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, tuple) and value and all(isinstance(each, Node) for each in value):
-        return ", ".join(_tree(each, "")[0] for each in value)
-    if callable(value):
-        return getattr(value, "__qualname__", type(value).__name__)
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from deltaserve.pipeline.adapter import LocalExecutor
+from deltaserve.pipeline.adapter import LocalExecutor, Segment
 from deltaserve.pipeline.consumption import Consumption
 from deltaserve.pipeline.iterator import open_pipeline
 from deltaserve.pipeline.operators import ELEMENT, OPERATORS, SOURCE
 from deltaserve.pipeline.plan import Node, Plan
-from deltaserve.pipeline.segments import in_segment
+from deltaserve.pipeline.segments import Done, in_segment
 from deltaserve.pipeline.trace import OperatorFigures, Trace
 from deltaserve.pipeline.tracing import Recorder, make_trace
 from deltaserve.pipeline.tuning.cacheplace import Nature
@@ -20,6 +20,29 @@ ROWS = "rows"
 """The stage that workers share: sources and what treats rows one by one. All else is the
 consumer's own thread."""
 CONSUMER = "consumer"
+
+
+class _Watched(LocalExecutor):
+    """Waiting for workers is no operator's own time."""
+
+    def __init__(self, recorder: Recorder, threads: int, processes: int) -> None:
+        super().__init__(threads, processes)
+        self._probe = recorder.waiting()
+
+    def open(self, segment: Segment, first: int) -> Iterator[Done]:
+        lists: Any = super().open(segment, first)
+        try:
+            while True:
+                self._probe.begin()
+                try:
+                    done = next(lists, None)
+                finally:
+                    self._probe.end(None, made=0)
+                if done is None:
+                    return
+                yield done
+        finally:
+            lists.close()
 
 
 class Profiled:
@@ -33,7 +56,7 @@ class Profiled:
     ) -> None:
         """Raises PipelineError: see ``open_pipeline``."""
         self._recorder = Recorder()
-        self._executor = LocalExecutor(threads, processes)
+        self._executor = _Watched(self._recorder, threads, processes)
         self._elements = open_pipeline(
             plan, executor=self._executor, probe=self._recorder, cache=cache
         )

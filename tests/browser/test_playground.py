@@ -9,6 +9,19 @@ pytestmark = pytest.mark.browser
 
 PROMPT = "reverse: abc"
 
+# Whose answer grew, in the order of time.
+WATCH = """() => {
+  window.grown = [];
+  new MutationObserver((changes) => {
+    for (const { target } of changes) {
+      if (target.matches(".answer-text")) window.grown.push(target.getAttribute("aria-label"));
+    }
+  }).observe(document.querySelector(".answers"), { childList: true, subtree: true });
+}"""
+# A part of each of two answers is there.
+BEGUN = """() => [...document.querySelectorAll('.answer-text')]
+  .filter((one) => one.textContent).length > 1"""
+
 
 @pytest.fixture
 def page(server, visit):
@@ -41,13 +54,16 @@ def asked_of_the_api(server, model, tokens):
 
 def test_two_models_answer_side_by_side_as_the_api_does(server, page):
     page.page.get_by_label("Max tokens").fill("100")
+    page.page.evaluate(WATCH)
     page.button("Ask").click()
-    # While it runs there is already a part of each.
-    page.page.wait_for_function(
-        "() => [...document.querySelectorAll('.answer.running .answer-text')]"
-        ".filter((one) => one.textContent.length > 2).length === 2"
-    )
     page.sees("2 done.")
+    grown = page.page.evaluate("window.grown")
+    base = [at for at, model in enumerate(grown) if model == "Answer of base"]
+    other = [at for at, model in enumerate(grown) if model == "Answer of acme/support"]
+    assert len(base) > 5  # piece by piece
+    assert len(other) > 5
+    assert base[0] < other[-1]  # and both at once
+    assert other[0] < base[-1]
     first, second = (column(page, model).bounding_box() for model in ("base", "acme/support"))
     assert first["y"] == second["y"]
     assert first["x"] + first["width"] < second["x"]
@@ -85,10 +101,7 @@ def test_chat_is_asked_with_the_template(server, page):
 def test_answers_are_stopped_here_and_on_the_server(server, page):
     page.page.get_by_label("Max tokens").fill("240")
     page.button("Ask").click()
-    page.page.wait_for_function(
-        "() => [...document.querySelectorAll('.answer-text')]"
-        ".filter((one) => one.textContent).length > 1"
-    )
+    page.page.wait_for_function(BEGUN)
     page.button("Stop base").click()
     column(page, "base").get_by_text("Stopped by you").wait_for()
     assert page.button("Stop acme/support").is_visible()

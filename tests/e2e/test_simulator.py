@@ -54,6 +54,7 @@ def serving(models: PeerModels, log: Path) -> Iterator[str]:
         yield server.wait_until_ready()
 
 
+@pytest.mark.slow  # and not for a machine that does other work beside
 def test_a_workload_is_predicted_from_another(tmp_path):
     models = build(tmp_path, NUM_DELTAS, hidden=256, layers=4)
 

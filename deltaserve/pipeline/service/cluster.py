@@ -22,11 +22,11 @@ from deltaserve.pipeline.service.stream import JobOptions, ServiceStream
 from deltaserve.pipeline.service.worker import Worker
 
 NAMESPACE = "deltaserve-pipelines"
-# A worker that has not called after so long did not start.
+# A worker or dispatcher that has not called after so long did not start.
 START_S = 60.0
 SCALE_EVERY_S = 0.5
-# Of the dispatcher's silence, until it counts as away.
-ANSWER_S = 2.0
+# An answer that takes longer is lost, and asked for again; every question may be repeated.
+ANSWER_S = 5.0
 
 
 class DispatcherActor:
@@ -40,9 +40,7 @@ class DispatcherActor:
 
 class WorkerActor:
     def __init__(self, service: str, name: str, beat_s: float) -> None:
-        ray = import_ray()
-        link = RayLink(service)
-        self._worker = Worker(name, link, lambda shared: ray.get(shared[0]), beat_s)
+        self._worker = Worker(name, RayLink(service), beat_s)
         threading.Thread(target=self._worker.beat_until_stopped, daemon=True).start()
 
     def prepare(self, *args: Any) -> Any:
@@ -72,7 +70,7 @@ class RayLink:
         while True:
             try:
                 answer = self._actor(dispatcher_name(self._service)).ask.remote(command, *args)
-                return self._ray.get(answer, timeout=max(limit - time.monotonic(), ANSWER_S))
+                return self._ray.get(answer, timeout=ANSWER_S)
             except self._ray.exceptions.RayTaskError as error:
                 raise self._cause(error) from None
             except (self._ray.exceptions.RayError, ValueError, ConnectionError) as error:
@@ -96,6 +94,8 @@ class RayLink:
             return result
 
         def done(asked: Future[Any]) -> None:
+            if not result.set_running_or_notify_cancel():
+                return  # nobody wants it any more
             error = asked.exception()
             if error is None:
                 result.set_result(asked.result())
@@ -106,9 +106,15 @@ class RayLink:
         asked.add_done_callback(done)
         return result
 
-    def share(self, program: Any) -> Any:
-        # In a list, so that a worker that has the program does not fetch it again.
-        return [self._ray.put(program)]
+    def share(self, value: Any) -> Any:
+        # In a list, so that who has the value already does not fetch it again.
+        return [self._ray.put(value)]
+
+    def open(self, shared: Any) -> Any:
+        try:
+            return self._ray.get(shared[0], timeout=2 * ANSWER_S)
+        except self._ray.exceptions.RayError as error:
+            raise WorkerLost(str(error).partition("\n")[0]) from None
 
     def _actor(self, name: str) -> Any:
         if name not in self._actors:
@@ -157,7 +163,7 @@ class Service:
         self._dispatcher = self._start_dispatcher(folder, heartbeat_limit_s)
         self.link = RayLink(name, patience_s)
         try:
-            self.link.ask("stats")
+            self.link.ask("stats", patience_s=max(patience_s, START_S))
         except ServiceError:
             self.close()
             raise

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
 from typing import Any
 
 from deltaserve.errors import ServiceError
@@ -22,6 +23,8 @@ from deltaserve.pipeline.service.shared import Chunk
 CHUNK = 8
 WAIT_S = 1.0
 POLL_S = 0.2
+# A host answers after WAIT_S, if only that there is nothing yet.
+ANSWER_S = 10.0
 
 
 class Lane:
@@ -41,6 +44,7 @@ class Lane:
         self._reference, self._producer = reference, producer
         self._peers_limit_s = peers_limit_s
         self._place = Place("", 0, 0)
+        self._greeted = 0  # the last epoch under which a host answered
         self._items: deque[Any] = deque()
         self._asked: Future[Chunk] | None = None
         self._ask_again = 0.0  # when there may be a worker again
@@ -75,7 +79,7 @@ class Lane:
             chunk = self._result()
             if chunk is None:  # the host is gone, or does not answer
                 failed, self._place = self._place.epoch, Place("", 0, 0)
-            elif chunk.items:
+            elif chunk.items or chunk.shared is not None:
                 self.skipped += chunk.first - self.index
                 self.index = chunk.first
                 self._items.extend(chunk.items)
@@ -98,8 +102,11 @@ class Lane:
                 self._ask_again = time.monotonic() + POLL_S
                 return False
         place = (self._producer, self._place.epoch)
-        count = min(CHUNK, self._place.until - index)
-        request = (self._spec, self._reference, place, self._consumer, index, count, WAIT_S)
+        # Up to the same elements for all, so that they can be sent the same.
+        count = min(CHUNK - index % CHUNK, self._place.until - index)
+        # A host needs the program once.
+        reference = self._reference if self._greeted != self._place.epoch else None
+        request = (self._spec, reference, place, self._consumer, index, count, WAIT_S)
         self._asked = self._link.call(self._place.worker, "read", *request)
         return True
 
@@ -107,7 +114,10 @@ class Lane:
         asked, self._asked = self._asked, None
         assert asked is not None
         try:
-            return asked.result(timeout=self._link.patience_s)
+            chunk = asked.result(timeout=ANSWER_S)
+            self._greeted = self._place.epoch
+            shared = chunk.shared
+            return chunk if shared is None else replace(chunk, items=self._link.open(shared))
         except (WorkerLost, FutureTimeoutError):
             return None
 

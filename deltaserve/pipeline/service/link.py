@@ -26,5 +26,9 @@ class Link(Protocol):
     def call(self, worker: str, method: str, *args: Any) -> Future[Any]:
         """A method of a worker. The result raises WorkerLost, or what the method raised."""
 
-    def share(self, program: Any) -> Any:
-        """A reference to a program that workers can open; sent once."""
+    def share(self, value: Any) -> Any:
+        """A reference to a value (a program, elements) that many can open; sent once to each
+        machine."""
+
+    def open(self, shared: Any) -> Any:
+        """The value. Raises WorkerLost: it went with the process that shared it."""

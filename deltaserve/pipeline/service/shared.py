@@ -23,11 +23,13 @@ AHEAD = 8
 
 @dataclass(frozen=True)
 class Chunk:
-    """Elements ``first``, first + 1, ...; none if they are not there yet. waits_for: consumers
-    that hold up the stream."""
+    """Elements ``first``, first + 1, ...; none if they are not there yet. shared: what
+    ``Link.share`` made of them, instead of ``items``. waits_for: consumers that hold up the
+    stream."""
 
     first: int
     items: Sequence[Any] = ()
+    shared: Any = None
     ended: bool = False
     waits_for: Sequence[int] = ()
 
@@ -74,7 +76,14 @@ class SharedStream:
     ) -> None:
         self._limits = limits
         self._open_at = open_at
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._maker, self._readers = (
+            threading.Condition(self._lock),
+            threading.Condition(self._lock),
+        )
+        # Of the consumers that wait: the end that they wait for. They are woken when it is there,
+        # not at every element, which with many consumers would cost more than the elements.
+        self._needs: dict[int, int] = {}
         self._buffer = _Buffer(start)
         self._at = dict.fromkeys(range(limits.consumers), start)
         self._rewound = True
@@ -86,30 +95,35 @@ class SharedStream:
         self._thread.start()
 
     def read(self, consumer: int, index: int, count: int, wait_s: float) -> Chunk:
-        """Up to ``count`` elements from ``index`` on; waits for the first of them. The consumer
-        has had all before ``index``.
+        """``count`` elements from ``index`` on; waits for them. Fewer: the stream ends, or there
+        is no room for more. The consumer has had all before ``index``.
 
         Raises what the stream raised.
         """
         limit = time.monotonic() + wait_s
-        with self._changed:
+        count = min(count, self._limits.elements)
+        with self._lock:
             self.used = time.monotonic()
             self._at[consumer] = index
             if index < self._buffer.first and self._limits.mode == "lockstep":
                 self._rewind(index)
             self._drop()
-            self._changed.notify_all()
-            while not self._readable(index):
+            self._maker.notify()
+            while not self._readable(index, count):
                 left = limit - time.monotonic()
+                if left <= 0 and index < self._buffer.end:
+                    break
                 if left <= 0:
                     return Chunk(index, waits_for=self._slowest())
-                self._changed.wait(left)
+                self._needs[consumer] = index + count
+                self._readers.wait(left)
+            self._needs.pop(consumer, None)
             return self._chunk(index, count)
 
     def close(self) -> None:
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._maker.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -130,8 +144,11 @@ class SharedStream:
             self._error, self._rewound = None, True
         return error
 
-    def _readable(self, index: int) -> bool:
-        return index < self._buffer.end or self._finished or self._error is not None
+    def _readable(self, index: int, count: int) -> bool:
+        end = self._buffer.end
+        if end >= index + count or self._finished or self._error is not None:
+            return True
+        return index < end and not self._room()
 
     def _rewind(self, index: int) -> None:
         """A consumer returned with an older checkpoint: make everything from there on again. The
@@ -173,9 +190,9 @@ class SharedStream:
     def _run(self) -> None:
         iterator: Iterator[tuple[Any, int]] = iter(())
         while True:
-            with self._changed:
+            with self._lock:
                 while not self._closed and not self._rewound and not self._wanted():
-                    self._changed.wait()
+                    self._maker.wait()
                 if self._closed:
                     return
                 buffer, rewound = self._buffer, self._rewound
@@ -195,17 +212,19 @@ class SharedStream:
         return self._room() and not self._finished and self._error is None
 
     def _add(self, buffer: _Buffer, item: Any, size: int) -> None:
-        with self._changed:
+        with self._lock:
             if buffer is not self._buffer:
                 return  # it was rewound meanwhile
             buffer.append(item, size)
             self.made += 1
             self._drop()
-            self._changed.notify_all()
+            end = self._buffer.end
+            if not self._room() or any(need <= end for need in self._needs.values()):
+                self._readers.notify_all()
 
     def _end(self, buffer: _Buffer, error: Exception | None) -> None:
-        with self._changed:
+        with self._lock:
             if buffer is not self._buffer:
                 return
             self._finished, self._error = error is None, error
-            self._changed.notify_all()
+            self._readers.notify_all()

@@ -11,31 +11,35 @@ import pickle
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from deltaserve.errors import ServiceError
 from deltaserve.pipeline.segments import Done
 from deltaserve.pipeline.service.ledger import JobSpec
 from deltaserve.pipeline.service.link import Link, WorkerLost
-from deltaserve.pipeline.service.program import HostedOptions, Lists, Program, hosted_elements
+from deltaserve.pipeline.service.program import HostedOptions, Lists, hosted_elements
 from deltaserve.pipeline.service.shared import Chunk, Limits, SharedStream
 
 MARK_EVERY_S = 1.0
 # Programs whose files and tokenizers stay open.
 OPEN_PROGRAMS = 8
+# Chunks of shared streams that stay ready to be sent.
+SENT = 16
 # A stream that nobody read for so long is closed.
 IDLE_S = 300.0
 
 
 class Worker:
-    """resolve: from what ``Link.share`` gave to the program."""
+    """What a worker does; see Link for who calls it."""
 
-    def __init__(
-        self, name: str, link: Link, resolve: Callable[[Any], Program], beat_s: float = 1.0
-    ) -> None:
+    def __init__(self, name: str, link: Link, beat_s: float = 1.0) -> None:
         self.name, self._beat_s = name, beat_s
-        self._link, self._resolve = link, resolve
+        self._link = link
+        self._sent: OrderedDict[tuple[int, int, int, int], Any] = OrderedDict()
         self._open: OrderedDict[str, Lists] = OrderedDict()
         self._streams: dict[tuple[str, int], tuple[int, SharedStream]] = {}
         self._rates: dict[str, float] = {}
@@ -77,7 +81,7 @@ class Worker:
     def read(
         self,
         spec: JobSpec,
-        reference: tuple[str, Any],
+        reference: tuple[str, Any] | None,
         place: tuple[int, int],
         consumer: int,
         index: int,
@@ -85,17 +89,29 @@ class Worker:
         wait_s: float,
     ) -> Chunk:
         """Elements of a producer from ``index`` on, pickled. place: the producer, and the epoch
-        under which this worker hosts it.
+        under which this worker hosts it. reference: of the program, to begin with.
 
         Raises:
             WorkerLost: it hosts it no more.
         """
-        chunk = self._stream(spec, reference, place, index).read(consumer, index, count, wait_s)
-        items = [item[consumer] if spec.mode == "rounds" else item for item in chunk.items]
-        return Chunk(chunk.first, items, chunk.ended, chunk.waits_for)
+        stream = self._stream(spec, reference, place, index)
+        chunk = stream.read(consumer, index, count, wait_s)
+        if spec.mode == "rounds":
+            return replace(chunk, items=[item[consumer] for item in chunk.items])
+        return replace(chunk, items=[], shared=self._shared(place, chunk) if chunk.items else None)
+
+    def _shared(self, place: tuple[int, int], chunk: Chunk) -> Any:
+        """The items, sent once for all consumers that read the same."""
+        key = (*place, chunk.first, len(chunk.items))
+        with self._lock:
+            if key not in self._sent:
+                self._sent[key] = self._link.share(list(chunk.items))
+                if len(self._sent) > SENT:
+                    self._sent.popitem(last=False)
+            return self._sent[key]
 
     def _stream(
-        self, spec: JobSpec, reference: tuple[str, Any], place: tuple[int, int], index: int
+        self, spec: JobSpec, reference: tuple[str, Any] | None, place: tuple[int, int], index: int
     ) -> SharedStream:
         producer, epoch = place
         key = (spec.name, producer)
@@ -105,6 +121,8 @@ class Worker:
                 return found[1]
             if found is not None and found[0] > epoch:
                 raise WorkerLost(f"{self.name} hosts {key} under a later epoch")
+            if reference is None:
+                raise WorkerLost(f"{self.name} closed {key}, which nobody read")
             options = HostedOptions.parse(spec.options)
             mode = "window" if spec.mode == "window" else "lockstep"
             limits = Limits(mode, spec.consumers, options.elements, options.bytes)
@@ -122,7 +140,7 @@ class Worker:
         self, spec: JobSpec, reference: tuple[str, Any], producer: int, first: int
     ) -> Iterator[tuple[Any, int]]:
         """Pickled elements from number ``first`` on, with their sizes."""
-        elements = hosted_elements(self._resolve(reference[1]), spec, producer)
+        elements = hosted_elements(self._link.open(reference[1]), spec, producer)
         marks = self._link.ask("marks", spec.name, producer)
         before = [mark for mark in marks if mark[0] <= first]
         at, state = before[-1] if before else (0, None)
@@ -156,7 +174,7 @@ class Worker:
         """Of a program; called by whoever has the core."""
         stream, shared = reference
         if stream not in self._open:
-            self._open[stream] = Lists(self._resolve(shared))
+            self._open[stream] = Lists(self._link.open(shared))
             if len(self._open) > OPEN_PROGRAMS:
                 self._open.popitem(last=False)
         self._open.move_to_end(stream)
@@ -181,7 +199,12 @@ def _pack(element: Any, spec: JobSpec) -> tuple[Any, int]:
     """Pickled once, however many consumers there are. It travels between processes of one
     service, and is never stored."""
     if spec.mode == "rounds":
-        parts = [pickle.dumps(part, protocol=5) for part in element]
-        return parts, sum(map(len, parts))
-    whole = pickle.dumps(element, protocol=5)
-    return whole, len(whole)
+        parts = [_pickled(part) for part in element]
+        return parts, sum(part.nbytes for part in parts)
+    whole = _pickled(element)
+    return whole, whole.nbytes
+
+
+def _pickled(value: Any) -> np.ndarray:
+    # Bytes would be copied into every reply's own pickle; an array goes beside it.
+    return np.frombuffer(pickle.dumps(value, protocol=5), np.uint8)

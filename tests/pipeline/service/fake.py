@@ -73,7 +73,7 @@ class Cluster:
     def add(self, node="here"):
         name = f"worker-{self.count}"
         self.count += 1
-        worker = Worker(name, self.link(node), pickle.loads, self.limit / 4)
+        worker = Worker(name, self.link(node), self.limit / 4)
         self.workers[name] = worker
         # Alive at once, and then as real ones.
         self.link(node).ask("beat", name, node, {})
@@ -134,5 +134,8 @@ class FakeLink:
         self.cluster.threads.submit(run)
         return result
 
-    def share(self, program):
-        return cloudpickle.dumps(program)
+    def share(self, value):
+        return cloudpickle.dumps(value)
+
+    def open(self, shared):
+        return pickle.loads(shared)
