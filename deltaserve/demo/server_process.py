@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -86,14 +87,21 @@ def server_process(arguments: Sequence[str], log: Path) -> Iterator[Server]:
     """
     # A key of the user's own would be asked of the demo, and of who tries its examples.
     environment = {k: v for k, v in os.environ.items() if k != "DELTASERVE_API_KEY"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
+    with log.open("wb") as output, ThreadPoolExecutor(1) as pool:
+        # In a thread: Ctrl-C in the midst of Popen would leave a process that nobody knows of.
+        started = pool.submit(
+            subprocess.Popen,
             [sys.executable, "-m", "deltaserve", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
         )
+        try:
+            process = started.result()
+        except KeyboardInterrupt:
+            stop(started.result())
+            raise
     try:
         yield Server(process, log)
     finally:

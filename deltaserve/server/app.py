@@ -32,6 +32,7 @@ from deltaserve.server.routes_tenants import tenants_router
 from deltaserve.server.routes_tokenize import Aliases, tokenize_router
 from deltaserve.server.routes_usage import metrics_router, usage_router
 from deltaserve.server.tokenizers import Tokenizers
+from deltaserve.server.traces import TraceRequests, Tracing
 
 
 def create_app(
@@ -40,6 +41,7 @@ def create_app(
     config: ServerConfig,
     drain: Drain | None = None,
     office: Office | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The endpoint. The caller starts and closes the engine and the office.
 
@@ -47,6 +49,7 @@ def create_app(
         tokenizers: of the same models; others follow when they are asked for.
         drain: for who wants to end it without cutting answers off.
         office: of a configuration with tenants.
+        tracing: where requests are traced.
     """
     assert (office is not None) == config.managed
     drain = drain or Drain()
@@ -87,6 +90,8 @@ def create_app(
         )
     elif config.api_key_sha256 is not None:
         app.add_middleware(SingleKey, sha256=config.api_key_sha256)
+    if tracing is not None:
+        app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(RequestContext)
     app.add_middleware(Aliases)  # added last, so outermost
     return app

@@ -23,8 +23,8 @@ def chromium() -> Iterator[Any]:
         found = shutil.which("chromium") or (str(own) if own.exists() else None)
         if found is None:
             pytest.skip(NO_BROWSER)
-        # Chromium's sandbox refuses to run as root, as in containers.
-        options = ["--no-sandbox"] if os.getuid() == 0 else []
+        # Containers: the sandbox refuses to run as root, and /dev/shm is small.
+        options = ["--disable-dev-shm-usage", *(["--no-sandbox"] if os.getuid() == 0 else [])]
         browser = playwright.chromium.launch(executable_path=found, args=options)
         yield browser
         browser.close()

@@ -6,7 +6,7 @@ from typing import Any
 
 from console_server import ConsoleServer
 
-PATIENCE_MS = 15_000
+PATIENCE_MS = 30_000
 
 
 class ConsolePage:

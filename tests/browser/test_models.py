@@ -21,7 +21,9 @@ def publish(page, name, path):
 
 
 def cells(page, name):
-    return [cell.inner_text() for cell in page.row(name).get_by_role("cell").all()]
+    row = page.row(name)
+    row.wait_for()
+    return [cell.inner_text() for cell in row.get_by_role("cell").all()]
 
 
 def test_what_is_served_is_listed(server, visit):

@@ -1,0 +1,112 @@
+"""A trace: what each operator of a running pipeline cost, beside the plan that ran.
+
+One JSON file holds both, so that a trace can be run again. Times are in ns and are totals over
+all threads and processes; where only some calls were timed, they are scaled to all calls.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from deltaserve.errors import PipelineError
+
+FORMAT = "deltaserve-trace/1"
+
+
+@dataclass(frozen=True)
+class OperatorFigures:
+    """One operator. cpu_ns, wall_ns: own time, the clocks stopped while an input is called.
+
+    queued_ns: of wall_ns, ready to run while other threads had the cores (Linux; else 0).
+    made, taken: elements. bytes: of all elements made, from a sample. read_bytes: from files.
+    stage: operators of one stage are run by the same threads. parallelism: of its stage.
+    buffer, buffered: places and mean elements of the queue behind it (0: none).
+    """
+
+    name: str
+    op: str
+    inputs: tuple[str, ...] = ()
+    stage: str = ""
+    serial: bool = False
+    parallelism: int = 1
+    buffer: int = 0
+    buffered: float = 0.0
+    made: int = 0
+    taken: int = 0
+    timed: int = 0
+    cpu_ns: float = 0.0
+    wall_ns: float = 0.0
+    queued_ns: float = 0.0
+    bytes: float = 0.0
+    read_bytes: float = 0.0
+
+    @property
+    def waited_ns(self) -> float:
+        """Neither on a core nor in line for one: disk, network, sleep, or the GIL."""
+        return max(0.0, self.wall_ns - self.cpu_ns - self.queued_ns)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """operators: inputs before those who read them. stalled_ns: the consumer waited for the
+    pipeline; consumer_ns: it worked. resident: bytes by process, the consumer's first."""
+
+    operators: Mapping[str, OperatorFigures]
+    root: str
+    wall_ns: float
+    stalled_ns: float
+    consumer_ns: float
+    elements: int
+    threads: int = 1
+    processes: int = 0
+    cores: int = 1
+    resident: Mapping[str, int] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """Elements a second."""
+        return self.elements / self.wall_ns * 1e9 if self.wall_ns else 0.0
+
+    @property
+    def stall(self) -> float:
+        """Share of the time that the consumer waited."""
+        return self.stalled_ns / self.wall_ns if self.wall_ns else 0.0
+
+    def write(self, path: Path) -> None:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n")
+        partial.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Trace:
+        """Raises PipelineError: not a trace."""
+        try:
+            content = json.loads(path.read_text())
+            if content.pop("format", None) != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            operators = {
+                name: OperatorFigures(**each | {"inputs": tuple(each["inputs"])})
+                for name, each in content.pop("operators").items()
+            }
+            return cls(operators=operators, **content)
+        except OSError as error:
+            raise PipelineError(f"{path}: {error.strerror or error}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PipelineError(f"{path} is not a trace of a pipeline: {error}") from None
+
+
+def merge(parts: list[OperatorFigures]) -> OperatorFigures:
+    """One operator as several processes saw it."""
+    if len(parts) == 1:
+        return parts[0]
+    first, sums = parts[0], {}
+    for each in fields(OperatorFigures):
+        if each.name in ("made", "taken", "timed", "cpu_ns", "wall_ns", "queued_ns", "bytes",
+                         "read_bytes", "buffered"):  # fmt: skip
+            sums[each.name] = sum(getattr(part, each.name) for part in parts)
+    return OperatorFigures(**asdict(first) | {"inputs": first.inputs} | sums)

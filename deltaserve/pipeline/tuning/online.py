@@ -1,0 +1,105 @@
+"""The controller on a running pipeline: windows from its trace, and the thread that looks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+from deltaserve.pipeline.trace import OperatorFigures, Trace
+from deltaserve.pipeline.tuning.controller import Controller, StageWindow, Window
+from deltaserve.pipeline.tuning.rates import demands
+
+SUMS = ("made", "taken", "timed", "cpu_ns", "wall_ns", "queued_ns", "bytes", "read_bytes")
+
+
+class Adjustable(Protocol):
+    def trace(self) -> Trace: ...
+
+    def set_parallelism(self, node_name: str, n: int) -> None: ...
+
+
+def difference(before: Trace, after: Trace) -> Trace:
+    """What happened between two traces of one run."""
+    operators = {
+        name: _minus(each, before.operators.get(name)) for name, each in after.operators.items()
+    }
+    return replace(
+        after,
+        operators=operators,
+        wall_ns=after.wall_ns - before.wall_ns,
+        stalled_ns=after.stalled_ns - before.stalled_ns,
+        consumer_ns=after.consumer_ns - before.consumer_ns,
+        elements=after.elements - before.elements,
+    )
+
+
+def _minus(now: OperatorFigures, then: OperatorFigures | None) -> OperatorFigures:
+    if then is None:
+        return now
+    # Scaled totals may shrink a little when the scale does.
+    left = {name: max(0, getattr(now, name) - getattr(then, name)) for name in SUMS}
+    return replace(now, **left)
+
+
+def window(before: Trace, after: Trace) -> Window | None:
+    """What the controller is shown; None while nothing was finished."""
+    moved = difference(before, after)
+    if moved.elements <= 0 or not moved.operators[moved.root].made:
+        return None
+    stages: dict[str, StageWindow] = {}
+    for each in demands(moved).values():
+        known = stages.get(each.stage)
+        held = each.held_s + (known.held_s if known else 0.0)
+        serial = each.serial or bool(known and known.serial)
+        stages[each.stage] = StageWindow(held, moved.operators[each.name].parallelism, serial)
+    gap = moved.consumer_ns / moved.elements / 1e9
+    return Window(moved.elements, moved.wall_ns / 1e9, moved.stalled_ns / 1e9, gap, stages)
+
+
+class Autotuner:
+    """Looks once a period, in a thread of its own, from ``start`` to ``stop``.
+
+    changed: told of every change, {stage: threads}.
+    """
+
+    def __init__(
+        self,
+        pipeline: Adjustable,
+        controller: Controller,
+        period_s: float = 1.0,
+        changed: Callable[[dict[str, int]], None] = lambda change: None,
+    ) -> None:
+        self._pipeline, self._controller = pipeline, controller
+        self._period_s, self._changed = period_s, changed
+        self._before = pipeline.trace()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="autotuner", daemon=True)
+
+    def start(self) -> Autotuner:
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def look(self) -> dict[str, int]:
+        """One period: what was changed. A period without an element joins the next."""
+        now = self._pipeline.trace()
+        seen = window(self._before, now)
+        if seen is None:
+            return {}
+        self._before = now
+        change = self._controller.step(seen)
+        for name, threads in change.items():
+            self._pipeline.set_parallelism(name, threads)
+        if change:
+            self._changed(change)
+        return change
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._period_s):
+            self.look()
