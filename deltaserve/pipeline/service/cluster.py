@@ -22,7 +22,7 @@ from deltaserve.pipeline.service.stream import JobOptions, ServiceStream
 from deltaserve.pipeline.service.worker import Worker
 
 NAMESPACE = "deltaserve-pipelines"
-# A worker or dispatcher that has not called after so long did not start.
+# A worker or dispatcher that has not called for so long did not start, or hangs.
 START_S = 60.0
 SCALE_EVERY_S = 0.5
 # An answer that takes longer is lost, and asked for again; every question may be repeated.
@@ -42,6 +42,9 @@ class WorkerActor:
     def __init__(self, service: str, name: str, beat_s: float) -> None:
         self._worker = Worker(name, RayLink(service), beat_s)
         threading.Thread(target=self._worker.beat_until_stopped, daemon=True).start()
+
+    def live(self) -> None:
+        """Answers if it does."""
 
     def prepare(self, *args: Any) -> Any:
         return self._worker.prepare(*args)
@@ -147,7 +150,7 @@ class Service:
         min_workers: int = 0,
         max_workers: int = 2,
         address: str | None = None,
-        heartbeat_limit_s: float = 5.0,
+        heartbeat_limit_s: float = 10.0,
         patience_s: float = 30.0,
     ) -> None:
         if not 0 <= min_workers <= max_workers:
@@ -233,10 +236,21 @@ class Service:
         now = time.monotonic()
         for name, (handle, since, seen) in list(self._workers.items()):
             if name in alive:
-                self._workers[name] = (handle, since, True)
-            elif seen or now - since > START_S:
+                self._workers[name] = (handle, now, True)
+            elif now - since > START_S or (seen and self._is_dead(handle)):
                 self._ray.kill(handle)
                 del self._workers[name]
+
+    def _is_dead(self, handle: Any) -> bool:
+        """Not merely silent, as on a machine that has too much to do."""
+        try:
+            answer = handle.live.options(concurrency_group="shared").remote()
+            self._ray.get(answer, timeout=1.0)
+        except self._ray.exceptions.GetTimeoutError:
+            return False
+        except self._ray.exceptions.RayError:
+            return True
+        return False
 
     def _start_worker(self, node: str | None) -> None:
         name = f"{self.name}-worker-{uuid.uuid4().hex[:8]}"
