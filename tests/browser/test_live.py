@@ -74,6 +74,20 @@ def test_a_server_that_goes_away_is_missed_and_found_again(files, visit, tmp_pat
     server.close()
 
 
+def test_a_server_that_still_loads_is_waited_for(server, visit):
+    page = visit(server, ADMIN)
+    page.row("acme/support").wait_for()
+    page.expected = ("503 (Service Unavailable)",)
+    loading = {"error": {"message": "the models are being loaded"}}
+    page.page.route("**/ready", lambda route: route.fulfill(status=503, json=loading))
+    page.page.route("**/version", lambda route: route.fulfill(json={"version": "1"}))
+    page.page.reload()
+    page.sees("The server is starting: the models are being loaded.")
+    page.page.unroute_all()
+    page.row("acme/support").wait_for()
+    page.page.get_by_text("The server is starting").wait_for(state="hidden")
+
+
 def test_a_server_without_keys_shows_all_but_management(files, visit):
     server = ConsoleServer(files, "--delta", f"own={files / 'deltas/one'}", keys=False)
     page = visit(server)

@@ -98,14 +98,25 @@ def test_chat_is_asked_with_the_template(server, page):
     assert answer(page, "base").text_content() == expected["choices"][0]["message"]["content"]
 
 
+def stop(page, name):
+    """Asks, and presses the button as soon as both answer: these models are faster than hands."""
+    page.button("Ask").click()
+    page.page.wait_for_function(
+        f"""() => {{
+          const begun = ({BEGUN})();
+          const named = (one) => (one.ariaLabel ?? one.innerText) === "{name}";
+          if (begun) [...document.querySelectorAll("button")].find(named).click();
+          return begun;
+        }}"""
+    )
+
+
 def test_answers_are_stopped_here_and_on_the_server(server, page):
     page.page.get_by_label("Max tokens").fill("240")
-    page.button("Ask").click()
-    page.page.wait_for_function(BEGUN)
-    page.button("Stop base").click()
+    stop(page, "Stop base")
     column(page, "base").get_by_text("Stopped by you").wait_for()
-    assert page.button("Stop acme/support").is_visible()
-    page.button("Stop all").click()
+    page.sees("1 done, 1 stopped.")
+    stop(page, "Stop all")
     page.sees("2 stopped.")
     assert page.button("Ask").is_visible()
     metrics = server.ask(ADMIN, "GET", "/metrics").text

@@ -48,6 +48,7 @@ async function ask() {
     again(BEAT_SECONDS);
   } catch (error) {
     connection.state = "lost";
+    if (error instanceof OfflineError) connection.ready = null; // else it is there, and not ready
     again(Math.min(2 ** failures, LONGEST_WAIT));
     failures += 1;
     if (!(error instanceof OfflineError || error instanceof ApiError)) throw error;

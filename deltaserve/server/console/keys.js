@@ -10,6 +10,7 @@ import { say } from "./toast.js";
 // Learns what the server asks for, and whether the keys that are held still hold.
 export async function identify() {
   const { version, keys } = await get("version");
+  if (keys === undefined) throw new ApiError(503, { message: "the models are being loaded" });
   session.version = version;
   session.mode = keys;
   for (const slot of Object.keys(session.keys)) {

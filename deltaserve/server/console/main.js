@@ -144,7 +144,7 @@ function showHead() {
 
 function stateInWords() {
   if (connection.state === "connecting") return ["", "Connecting …"];
-  if (connection.state === "lost") return ["bad", "Disconnected"];
+  if (connection.state === "lost") return connection.ready === false ? ["warn", "Starting"] : ["bad", "Disconnected"];
   return connection.ready ? ["ok", "Ready"] : ["warn", "Not ready"];
 }
 
@@ -158,7 +158,8 @@ function showBanner() {
   const unready = connection.state === "online" && connection.ready === false;
   const trouble = current?.trouble;
   let said = "";
-  if (lost) said = "Disconnected from the server. What you see is from before; it is asked again on its own, less often each time.";
+  if (lost && connection.ready === false) said = `The server is starting: ${connection.reason}. It is asked again on its own.`;
+  else if (lost) said = "Disconnected from the server. What you see is from before; it is asked again on its own, less often each time.";
   else if (unready) said = `The server takes no requests at present: ${connection.reason}`;
   else if (trouble) said = trouble;
   text(bannerWords, said);
