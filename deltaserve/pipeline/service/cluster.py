@@ -17,6 +17,7 @@ from typing import Any
 from deltaserve.errors import DeltaServeError, ServiceError
 from deltaserve.pipeline.plan import Plan
 from deltaserve.pipeline.service.dispatcher import Dispatcher
+from deltaserve.pipeline.service.journal import Journal
 from deltaserve.pipeline.service.link import WorkerLost
 from deltaserve.pipeline.service.stream import JobOptions, ServiceStream
 from deltaserve.pipeline.service.worker import Worker
@@ -158,6 +159,7 @@ class Service:
                 f"workers from {min_workers} to {max_workers}: the least must be 0 or more, and "
                 "not more than the most"
             )
+        _try_folder(folder)
         self._ray = import_ray()
         self.name, self._limits = name, (min_workers, max_workers)
         self._beat_s = heartbeat_limit_s / 5
@@ -202,10 +204,14 @@ class Service:
     def _start_dispatcher(self, folder: Path, heartbeat_limit_s: float) -> Any:
         name = dispatcher_name(self.name)
         remote = self._ray.remote(num_cpus=0, max_restarts=-1)(DispatcherActor)
+        # Where this process is: the folder is on this machine.
+        strategies = self._ray.util.scheduling_strategies
+        here = strategies.NodeAffinitySchedulingStrategy(
+            self._ray.get_runtime_context().get_node_id(), soft=False
+        )
+        options = {"name": name, "namespace": NAMESPACE, "scheduling_strategy": here}
         try:
-            return remote.options(name=name, namespace=NAMESPACE).remote(
-                str(folder.absolute()), heartbeat_limit_s
-            )
+            return remote.options(**options).remote(str(folder.absolute()), heartbeat_limit_s)
         except ValueError:
             raise ServiceError(
                 f"a pipeline service '{self.name}' runs on this cluster; give this one another name"
@@ -294,6 +300,21 @@ def connect_ray(address: str | None, cpus: int | None = None) -> bool:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ServiceError(f"cannot reach the Ray cluster: {error}") from None
     return address is None
+
+
+def _try_folder(folder: Path) -> None:
+    """Tell here what would kill every dispatcher.
+
+    Raises:
+        ServiceError: the folder cannot be written, is used by another dispatcher, or its journal
+            is damaged.
+    """
+    try:
+        Journal(folder, lambda record: None).close()
+    except OSError as error:
+        raise ServiceError(
+            f"the work folder {folder} cannot be used ({error.strerror}); name another"
+        ) from None
 
 
 def dispatcher_name(service: str) -> str:
