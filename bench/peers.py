@@ -127,7 +127,11 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], peer: Peer, 
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health", trust_env=False, timeout=5).status_code == 200:
+            # DeltaServe is healthy while deltas load, but not ready; others have no such route.
+            if all(
+                httpx.get(f"{url}/{route}", trust_env=False, timeout=5).status_code in good
+                for route, good in (("health", (200,)), ("ready", (200, 404)))
+            ):
                 return
         time.sleep(0.2)
     raise SystemExit(f"{peer.name} did not become ready; its log is {log}")
