@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deltaserve.pipeline.consumption import Consumption
 from deltaserve.pipeline.trace import OperatorFigures, Trace
-from deltaserve.pipeline.tracing import Consumption, Recorder, make_trace
+from deltaserve.pipeline.tracing import Recorder, make_trace
 
 DONE = object()
 DROPPED = object()

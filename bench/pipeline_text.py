@@ -69,9 +69,7 @@ def write(folder: Path, rows: int = 4000, seed: int = 0) -> Corpus:
             pairs.write(json.dumps(pair) + "\n")
     table = pa.table({"text": [source for _, source in chosen]})
     pq.write_table(table, corpus.parquet, compression="zstd", row_group_size=100)
-    _train([f"{asked} {source}" for asked, source in found[:400]]).save_pretrained(
-        corpus.tokenizer
-    )
+    _train([f"{asked} {source}" for asked, source in found[:400]]).save_pretrained(corpus.tokenizer)
     return corpus
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from deltaserve.bench.pipeline_cases import Case, Data, cases
 from deltaserve.bench.pipeline_stages import Staged
 from deltaserve.bench.select_check import Report
-from deltaserve.pipeline.tracing import Recorder, usable_cores
+from deltaserve.pipeline.consumption import usable_cores
+from deltaserve.pipeline.tracing import Recorder
 from deltaserve.pipeline.tuning.program import Resources
 from deltaserve.pipeline.tuning.tune import tune
 

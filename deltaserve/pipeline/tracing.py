@@ -8,18 +8,17 @@ few are timed, as many as keep the clocks under ``SHARE`` of the time; all are c
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from deltaserve.pipeline.clocks import Clock, Reading
+from deltaserve.pipeline.consumption import Consumption, resident_bytes, usable_cores
 from deltaserve.pipeline.trace import OperatorFigures, Trace, merge
 
 SHARE = 0.004
@@ -30,6 +29,7 @@ stands for (WEIGHT); BYTES: of SIZED elements; HELD: sum of queue lengths at LOO
 WIDTH = 13
 # What timing one call costs, in readings of the clocks: three of them, and the bookkeeping.
 READS = 5
+Totals = dict[str, list[float]]
 
 
 @dataclass
@@ -67,14 +67,73 @@ class _Thread:
 
 
 class Recorder:
-    """The tracer of one process. ``operator(name)`` gives the probe of an operator."""
+    """The tracer of one process. ``operator(name)`` gives the probe of an operator.
 
-    def __init__(self, share: float = SHARE) -> None:
-        self.share = share
+    It is a `segments.Probe`: what is sent to a worker process arrives empty, and what that one
+    ``collect``s is ``merge``d here.
+    """
+
+    def __init__(self, share: float = SHARE, *, remote: bool = False) -> None:
+        self.share, self._remote = share, remote
         self._local = threading.local()
         self._threads: list[_Thread] = []
+        self._merged: Totals = {}
+        self._collected: Totals = {}
         self._lock = threading.Lock()
         self._cost_ns, self._child_ns = _overhead()
+
+    def __reduce__(self) -> tuple[Callable[..., Recorder], tuple[float]]:
+        return _remote_recorder, (self.share,)
+
+    def wrap(self, name: str, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Around what an operator does to a list. A source is a bound ``read`` whose object
+        counts ``bytes_read``."""
+        probe, source = self.operator(name), getattr(call, "__self__", None)
+        counter = _Counter(source) if hasattr(source, "bytes_read") else None
+
+        def timed(rows: Any) -> Any:
+            probe.begin()
+            made: Sequence[Any] = ()
+            try:
+                result = call(rows)
+                # What a cache keeps comes with the number of rows that were skipped.
+                made = result[0] if type(result) is tuple else result
+                return result
+            finally:
+                if counter is not None:
+                    probe.read(counter.moved())
+                sample = made[len(made) // 2] if made else None
+                probe.end(getattr(sample, "value", sample), made=len(made), taken=len(rows))
+
+        return timed
+
+    def wrap_next(self, name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+        """Around how a stream gives its next row; the end of the stream is no row."""
+        probe = self.operator(name)
+
+        def timed() -> Any:
+            probe.begin()
+            row = None
+            try:
+                row = call()
+                return row
+            finally:
+                probe.end(getattr(row, "value", None), made=int(row is not None))
+
+        return timed
+
+    def collect(self) -> Totals | None:
+        """What was measured since the last call; None where the consumer reads it itself."""
+        if not self._remote:
+            return None
+        now = self.totals()
+        moved = {name: _sum(each, self._collected.get(name), -1) for name, each in now.items()}
+        self._collected = now
+        return moved
+
+    def merge(self, measured: Totals) -> None:
+        with self._lock:
+            _add(self._merged, measured)
 
     def operator(self, name: str) -> Probe:
         return Probe(name, self)
@@ -93,16 +152,43 @@ class Recorder:
             found.cost_ns, found.child_ns = self._cost_ns, self._child_ns
             return found
 
-    def totals(self) -> dict[str, list[float]]:
-        """Sums over threads, by operator."""
-        sums: dict[str, list[float]] = {}
+    def totals(self) -> Totals:
+        """Sums over threads and what was merged, by operator."""
         with self._lock:
             threads = list(self._threads)
+            sums = {name: list(values) for name, values in self._merged.items()}
         for thread in threads:
-            for name, values in list(thread.totals.items()):
-                before = sums.get(name, [0.0] * WIDTH)
-                sums[name] = [a + b for a, b in zip(before, values, strict=True)]
+            _add(sums, dict(thread.totals))
         return sums
+
+
+def _remote_recorder(share: float) -> Recorder:
+    return Recorder(share, remote=True)
+
+
+def _add(sums: Totals, more: Totals) -> None:
+    for name, values in more.items():
+        sums[name] = _sum(values, sums.get(name))
+
+
+def _sum(values: list[float], others: list[float] | None, sign: int = 1) -> list[float]:
+    """values + sign * others."""
+    if others is None:
+        return list(values)
+    return [a + sign * b for a, b in zip(values, others, strict=True)]
+
+
+class _Counter:
+    """How far a source's ``bytes_read`` moved since the last look, of whichever thread."""
+
+    def __init__(self, source: Any) -> None:
+        self._source, self._seen, self._lock = source, 0, threading.Lock()
+
+    def moved(self) -> int:
+        with self._lock:
+            now = self._source.bytes_read
+            moved, self._seen = now - self._seen, now
+            return moved
 
 
 class Probe:
@@ -229,52 +315,6 @@ def figures(base: OperatorFigures, totals: list[float]) -> OperatorFigures:
         read_bytes=totals[READ],
         buffered=totals[HELD] / max(1.0, totals[LOOKS]),
     )
-
-
-class Consumption:
-    """How long the consumer waited for elements, and worked on them between."""
-
-    def __init__(self) -> None:
-        self.elements = 0
-        self.stalled_ns = 0
-        self.worked_ns = 0
-        self._since = self.began = time.perf_counter_ns()
-
-    def asked(self) -> None:
-        """The consumer wants an element."""
-        now = time.perf_counter_ns()
-        self.worked_ns += now - self._since
-        self._since = now
-
-    def given(self) -> None:
-        """It has got one."""
-        now = time.perf_counter_ns()
-        self.stalled_ns += now - self._since
-        self._since = now
-        self.elements += 1
-
-    @property
-    def wall_ns(self) -> int:
-        return self._since - self.began
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def resident_bytes() -> dict[str, int]:
-    """Of this process and its children, by process id."""
-    import psutil
-
-    own = psutil.Process()
-    found = {}
-    for process in (own, *own.children(recursive=True)):
-        with contextlib.suppress(psutil.Error):
-            found[str(process.pid)] = process.memory_info().rss
-    return found
 
 
 def make_trace(
