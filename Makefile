@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-all lint format clean
+.PHONY: help demo test test-browser test-all lint format clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,8 +19,12 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## Train, compress and serve a small family of models; check their answers
 	$(BIN)/deltaserve demo
 
-test: $(STAMP)  ## Run the tests (those that need a GPU or minutes are left out)
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+test: $(STAMP)  ## Run the tests (those that need a GPU, a browser or minutes are left out)
+	$(BIN)/python -m pytest -m "not gpu and not slow and not browser"
+
+test-browser: $(STAMP)  ## Run the console's tests in headless Chromium, which must be installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[browser]'
+	$(BIN)/python -m pytest -m browser
 
 test-all: $(STAMP)  ## Run all tests, the slow ones too
 	$(BIN)/python -m pytest

@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from deltaserve.compress.plan import make_plan
 from deltaserve.compress.run import compress
 
 VOCAB = 8192
@@ -24,11 +25,13 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 @dataclass(frozen=True)
 class PeerModels:
-    """base and full checkpoints of the fine-tunes, and the same fine-tunes as deltas."""
+    """base and full checkpoints of the fine-tunes, and the same fine-tunes as deltas; wholes: as
+    artifacts that hold every weight as it is."""
 
     base: Path
     tunes: tuple[Path, ...]
     deltas: tuple[Path, ...]
+    wholes: tuple[Path, ...]
 
 
 def build(root: Path, count: int, *, hidden: int = 512, layers: int = 8) -> PeerModels:
@@ -38,12 +41,15 @@ def build(root: Path, count: int, *, hidden: int = 512, layers: int = 8) -> Peer
         _save_base(base, hidden, layers)
     tunes = tuple(root / f"tune{i}" for i in range(count))
     deltas = tuple(root / f"tune{i}.delta" for i in range(count))
-    for seed, (tune, delta) in enumerate(zip(tunes, deltas, strict=True)):
+    wholes = tuple(root / f"tune{i}.whole" for i in range(count))
+    for seed, (tune, delta, whole) in enumerate(zip(tunes, deltas, wholes, strict=True)):
         if not (tune / "tokenizer.json").is_file():
             _save_tune(base, tune, seed)
         if not delta.is_dir():
             compress(base, tune, delta)
-    return PeerModels(base, tunes, deltas)
+        if not whole.is_dir():
+            compress(base, tune, whole, make_plan("raw"))
+    return PeerModels(base, tunes, deltas, wholes)
 
 
 def prompt(index: int, num_words: int = 64) -> str:

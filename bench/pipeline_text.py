@@ -56,8 +56,9 @@ def write(folder: Path, rows: int = 4000, seed: int = 0) -> Corpus:
     found = list(functions())
     random.Random(seed).shuffle(found)
     chosen = [found[at % len(found)] for at in range(rows)]
-    corpus = Corpus(*(folder / name for name in ("chats.jsonl", "pairs.jsonl")),
-                    folder / "texts.parquet", folder / "tokenizer", rows)  # fmt: skip
+    names = ("chats.jsonl", "pairs.jsonl", "texts.parquet", "tokenizer")
+    chats_file, pairs_file, parquet, tokenizer = (folder / name for name in names)
+    corpus = Corpus(chats_file, pairs_file, parquet, tokenizer, rows)
     with open(corpus.chats, "w") as chats, open(corpus.pairs, "w") as pairs:
         for at, (asked, source) in enumerate(chosen):
             messages = [

@@ -17,7 +17,7 @@ HALVINGS = 60
 
 @dataclass(frozen=True)
 class Candidate:
-    """bytes in memory; error: what it adds to the layer's output, relative and squared."""
+    """bytes in memory; error: nats per token that it is predicted to cost."""
 
     choice: CodecChoice
     bytes: int
@@ -51,6 +51,11 @@ def allocate(table: Table, budget: int) -> dict[str, Candidate]:
         else:
             cheap = price
     return _fill(table, best, budget)
+
+
+def predicted(chosen: Mapping[str, Candidate]) -> float:
+    """Divergence of an allocation, nats per token, by the candidates' own errors."""
+    return sum(candidate.error for candidate in chosen.values())
 
 
 def _at_price(table: Table, price: float) -> dict[str, Candidate]:

@@ -1,101 +1,159 @@
-"""Compressing layer by layer, each quantised for the inputs that it will really see.
+"""Compressing layer by layer, each projection quantised for the inputs that it will really see.
 
-The fine-tune's layer reads activations that the layers before it, already reconstructed,
-have made (DeltaZip, Yao et al., EuroSys 2025): later layers mend what earlier ones lost.
-In memory: one decoder layer of each model, and the activations.
+A layer reads activations that the layers before it, already reconstructed, have made, and
+within it projections follow one another in the order of their use, those that share an input
+together (DeltaZip, Yao et al., EuroSys 2025): later ones mend what earlier ones lost.
+In memory: one decoder layer of each model, one Hessian, and the activations of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 
 import torch
 
 from deltaserve.artifact.checkpoint import HEAD, Checkpoint
-from deltaserve.compress.change import Change, check_finite, compare
+from deltaserve.compress.change import Change, compare, same
+from deltaserve.compress.common import Progress
 from deltaserve.compress.hessian import Hessian
-from deltaserve.compress.layers import LayerWalk, Watch
-from deltaserve.compress.models import (
-    check_tokenizers,
-    load_fine_tune,
-    load_tokenizer,
-    reconstruct,
-)
+from deltaserve.compress.layers import LayerWalk
 from deltaserve.compress.plan import Plan
 from deltaserve.compress.text import Text
-from deltaserve.compress.textsource import TextOptions, check_tokens, gather_text
+from deltaserve.compress.weights import reconstruct
+from deltaserve.compress.work import Work
 from deltaserve.errors import CheckpointError
 
 NORM = "model.norm.weight"
+# Can be gone through more than once.
+Changes = Callable[[], Iterator[Change]]
 
 
-def calibration_text(
-    base: Checkpoint, model: Checkpoint, options: TextOptions, device: str
-) -> Text:
-    """The text of the options; the fine-tune is loaded whole only to sample from it.
+@dataclass(frozen=True)
+class Pair:
+    """What is compressed, with what text, and where the run keeps what it has done.
 
-    Raises ConfigError for a bad file, CompatibilityError for tokenizers that disagree.
+    names: the parameters of both, sorted.
     """
-    check_tokenizers(base.path, model.path)
-    check_finite(base, model)
-    config = model.hf_config.get_text_config()
-    text = gather_text(
-        options,
-        load_tokenizer(model.path, base.path),
-        int(config.max_position_embeddings),
-        lambda: load_fine_tune(base, model, device),
-    )
-    check_tokens(text, int(config.vocab_size))
-    return text
+
+    base: Checkpoint
+    model: Checkpoint
+    names: list[str]
+    fit: Text
+    device: str
+    work: Work
+    report: Progress
+
+    @property
+    def embedding(self) -> str:
+        """Raises CheckpointError for a model without one of a known name."""
+        if self.model.embedding is None:
+            raise CheckpointError(
+                f"{self.model.name} has no embedding of a known name to calibrate with"
+            )
+        return self.model.embedding
+
+    def of_layer(self, layer: int) -> list[str]:
+        prefix = LayerWalk.prefix(layer)
+        return [name for name in self.names if name.startswith(prefix)]
+
+    def outside(self, layers: int) -> list[str]:
+        """What belongs to no layer, without the embedding; the final norm first."""
+        inside = {name for layer in range(layers) for name in self.of_layer(layer)}
+        rest = set(self.names) - inside - {self.embedding}
+        return sorted(rest, key=lambda name: (name != NORM, name))
+
+    def weights(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """The fine-tune's."""
+        return {name: self.model.tensor(name).float() for name in names}
+
+    def rebuilt(self, change: Change) -> torch.Tensor:
+        """The parameter as base + delta has it, float32."""
+        base = self.base.tensor(change.name)
+        return base.float() if change.enc is None else reconstruct(change.enc, base)
 
 
-def calibrated_changes(
-    names: Sequence[str], base: Checkpoint, model: Checkpoint, plan: Plan, text: Text, device: str
-) -> Iterator[Change]:
-    """Every parameter of ``names``: embedding, then layers in order, then the rest."""
-    if model.embedding is None:
-        raise CheckpointError(f"{model.name} has no embedding of a known name to calibrate with")
-    change = compare(model.embedding, base, model, plan)
-    yield change
-    walk = LayerWalk(model, text.samples, rebuilt(change, base, model), device)
-    left = [name for name in names if name != model.embedding]
+def calibrated_changes(pair: Pair, plan: Plan, stage: str) -> Generator[None, None, Changes]:
+    """Every parameter of the pair; yields after each layer. stage: name of this attempt."""
+    work, embedding = pair.work, pair.embedding
+
+    def first() -> list[Change]:
+        return [compare(embedding, pair.base, pair.model, plan)]
+
+    [change] = work.changes(f"{stage}/embedding", first)
+    walk = LayerWalk(
+        pair.model, [pair.fit.samples], pair.rebuilt(change), work.folder(f"{stage}/in"),
+        pair.device,
+    )  # fmt: skip
+    files = [f"{stage}/embedding"]
     for layer in range(len(walk)):
-        mine = [name for name in left if name.startswith(walk.prefix(layer))]
-        left = [name for name in left if not name.startswith(walk.prefix(layer))]
-        hessians: dict[str, Hessian] = {}
-        walk.observe(layer, {n: model.tensor(n).float() for n in mine}, adder(hessians))
-        changes = [compare(n, base, model, plan, hessians.get(n)) for n in mine]
-        yield from changes
-        walk.advance(layer, {c.name: rebuilt(c, base, model) for c in changes})
-    yield from _the_rest(left, base, model, plan, walk)
+        files.append(f"{stage}/layer-{layer:05d}")
+        if not walk.ahead(layer):
+            changes = work.changes(files[-1], lambda: _layer(pair, plan, walk, layer))  # noqa: B023
+            walk.advance(layer, {c.name: pair.rebuilt(c) for c in changes})
+        walk.hidden.drop(layer)
+        pair.report("compress", layer + 1, len(walk))
+        yield
+    files.append(f"{stage}/rest")
+    work.changes(files[-1], lambda: _rest(pair, plan, walk))
+    return lambda: (change for file in files for change in work.changes(file, list))
 
 
-def _the_rest(
-    left: list[str], base: Checkpoint, model: Checkpoint, plan: Plan, walk: LayerWalk
-) -> Iterator[Change]:
+def _layer(pair: Pair, plan: Plan, walk: LayerWalk, layer: int) -> list[Change]:
+    names = pair.of_layer(layer)
+    weights = pair.weights(names)
+    groups = walk.groups(layer, weights)
+    projections = {name for group in groups for name in group}
+    found = {}
+
+    def settle(name: str, hessian: Hessian | None = None) -> None:
+        found[name] = compare(name, pair.base, pair.model, plan, hessian)
+        weights[name] = pair.rebuilt(found[name])
+
+    for name in names:
+        if name not in projections:
+            settle(name)
+    for group in groups:
+        hessian = None
+        if any(_moved(pair, name) for name in group):
+            hessian = inputs_of(walk, layer, weights, group[0])
+        for name in group:
+            settle(name, hessian)
+    return [found[name] for name in names]
+
+
+def inputs_of(
+    walk: LayerWalk, layer: int, weights: dict[str, torch.Tensor], projection: str
+) -> Hessian:
+    """Second moments of what a projection reads."""
+    found: list[Hessian] = []
+
+    def watch(name: str, x_TK: torch.Tensor) -> None:
+        if name == projection:
+            if not found:
+                found.append(Hessian(x_TK.shape[-1], x_TK.device))
+            found[0].add(x_TK)
+
+    walk.observe(layer, weights, watch)
+    return found[0]
+
+
+def _rest(pair: Pair, plan: Plan, walk: LayerWalk) -> list[Change]:
     """Final norm, then the head, whose inputs come out of it, and whatever else there is."""
-    hessians: dict[str, Hessian] = {}
-    for name in sorted(left, key=lambda name: name != NORM):
-        if name == HEAD and NORM in left and not base.tied and not model.tied:
-            norm = rebuilt(compare(NORM, base, model, plan), base, model)
-            walk.observe_head(norm, adder(hessians))
-        yield compare(name, base, model, plan, hessians.get(name))
+    changes, norm = [], None
+    for name in pair.outside(len(walk)):
+        hessian = None
+        tied = pair.base.tied or pair.model.tied
+        if name == HEAD and norm is not None and not tied and _moved(pair, name):
+            hessian = Hessian(norm.shape[0], walk.device)
+            with torch.inference_mode():
+                for number in range(len(walk.batches)):
+                    hessian.add(walk.final(number, norm))
+        changes.append(compare(name, pair.base, pair.model, plan, hessian))
+        if name == NORM:
+            norm = pair.rebuilt(changes[-1])
+    return changes
 
 
-def adder(hessians: dict[str, Hessian]) -> Watch:
-    """A watcher that sums up the inputs of every projection under its parameter's name."""
-
-    def watch(module: str, x_TK: torch.Tensor) -> None:
-        name = f"{module}.weight"
-        if name not in hessians:
-            hessians[name] = Hessian(x_TK.shape[-1], x_TK.device)
-        hessians[name].add(x_TK)
-
-    return watch
-
-
-def rebuilt(change: Change, base: Checkpoint, model: Checkpoint) -> torch.Tensor:
-    """The parameter as base + delta has it, float32."""
-    if change.enc is None:
-        return model.tensor(change.name).float()
-    return reconstruct(change.enc, base.tensor(change.name))
+def _moved(pair: Pair, name: str) -> bool:
+    return not same(pair.model.tensor(name), pair.base.tensor(name))

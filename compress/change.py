@@ -7,22 +7,20 @@ from dataclasses import dataclass
 import torch
 
 from deltaserve.artifact.checkpoint import HEAD, Checkpoint
-from deltaserve.artifact.codecs import get_codec
 from deltaserve.artifact.codecs.base import Encoded, aligned, is_finite
-from deltaserve.artifact.codecs.int import IntParams
-from deltaserve.artifact.codecs.nm24 import Nm24Params
 from deltaserve.artifact.codecs.rows import RowsCodec
 from deltaserve.compress.classify import classify
+from deltaserve.compress.encode import encode
 from deltaserve.compress.errors import relative_error
-from deltaserve.compress.gptq import encode_int, encode_nm24
 from deltaserve.compress.hessian import Hessian
-from deltaserve.compress.plan import CodecChoice, Plan
+from deltaserve.compress.plan import SKIP, Plan
 from deltaserve.errors import CheckpointError, CodecError
 
 
 @dataclass(frozen=True)
 class Change:
-    """One parameter on its way into the delta; enc None: it did not change."""
+    """One parameter on its way into the delta; enc None: the base's values serve, because it
+    did not change or because its change is left out (error 1)."""
 
     name: str
     kind: str
@@ -50,15 +48,22 @@ def compare(
     # A head tied to the embedding is not stored by the fine-tune itself.
     full = 0 if name == HEAD and model.tied else tensor.numel() * tensor.element_size()
     if same(tensor, reference):
-        if name == HEAD and base.tied:
+        if _untied(name, base):
             return Change(name, kind, base_head(reference), 0.0, full)
         return Change(name, kind, None, 0.0, full)
     choice = plan.choose(name, kind, tensor, reference)
+    if choice == SKIP and tensor.shape == reference.shape:
+        return Change(name, kind, base_head(reference) if _untied(name, base) else None, 1.0, full)
     try:
-        enc = encode(choice, tensor, reference, hessian)
+        enc = encode(choice, tensor, reference, hessian, plan.solver)
     except CodecError as cause:
         raise CodecError(f"{name}: {cause}") from None
     return Change(name, kind, enc, relative_error(enc, tensor, reference), full)
+
+
+def _untied(name: str, base: Checkpoint) -> bool:
+    """A head of its own, over a base that has none: it must be said that it is the base's."""
+    return name == HEAD and base.tied
 
 
 def check_finite(*checkpoints: Checkpoint) -> None:
@@ -74,27 +79,6 @@ def _require_finite(checkpoint: Checkpoint, name: str, values: torch.Tensor) -> 
             f"{checkpoint.file(name)}: {name} holds NaN or infinite values; "
             "the model is damaged, use a sound checkpoint"
         )
-
-
-def encode(
-    choice: CodecChoice, tensor: torch.Tensor, base: torch.Tensor | None, hessian: Hessian | None
-) -> Encoded:
-    """``tensor`` in the chosen codec, its codes chosen under the Hessian where they can be."""
-    if hessian is not None and calibratable(choice, tuple(tensor.shape)):
-        if choice.codec == "nm24":
-            return encode_nm24(tensor, base, Nm24Params(**choice.params), hessian)
-        return encode_int(tensor, base, IntParams(**choice.params), hessian)
-    return get_codec(choice.codec).encode(tensor, base, **choice.params)
-
-
-def calibratable(choice: CodecChoice, shape: tuple[int, ...]) -> bool:
-    """Can error feedback choose the codes? One symmetric plane, one scale per group or row."""
-    if choice.codec == "nm24":
-        return shape[-1] % 4 == 0
-    if choice.codec != "int":
-        return False
-    p = IntParams(**choice.params)
-    return p.symmetric and p.planes == 1 and p.scale_axis in ("group", "row")
 
 
 def base_head(head: torch.Tensor) -> Encoded:

@@ -11,17 +11,17 @@ LOSSLESS = "lossless"
 
 @dataclass(frozen=True)
 class Preset:
-    """bits: of a value of a projection, scales included, on average to begin with. max_kl:
-    mean divergence on held-out text, nats per token, above which more bits are spent."""
+    """ratio: fine-tune / delta in memory, everything included, to begin with. max_kl: mean
+    divergence on held-out text, nats per token, above which more bytes are spent."""
 
-    bits: float
+    ratio: float
     max_kl: float
 
 
 PRESETS = {
-    "quality": Preset(3.1, 0.005),
-    "balanced": Preset(2.1, 0.02),
-    "small": Preset(1.1, 0.1),
+    "quality": Preset(5.0, 0.005),
+    "balanced": Preset(8.0, 0.02),
+    "small": Preset(16.0, 0.1),
 }
 
 
@@ -55,10 +55,13 @@ class Goal:
 
     @property
     def start(self) -> Preset:
-        """Where to begin. A divergence alone is approached from the small side."""
-        if self.preset is None and self.max_kl is not None:
-            return PRESETS["small"]
+        """Where to begin."""
         return PRESETS[self.preset or "balanced"]
+
+    @property
+    def smallest(self) -> bool:
+        """Whether only a divergence is asked for: the least bytes that hold it."""
+        return self.preset is None and self.target_ratio is None and self.max_kl is not None
 
     @property
     def limit(self) -> float | None:

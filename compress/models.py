@@ -1,10 +1,8 @@
-"""Whole models in memory, as transformers runs them: a fine-tune, and base + delta.
-
-Both in float32 on every device: what differs between them is the delta, not rounding.
-"""
+"""Fine-tunes as transformers runs them, to generate text with; tokenizers."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -13,14 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from deltaserve.artifact.checkpoint import HEAD, Checkpoint
-from deltaserve.artifact.codecs import get_codec
-from deltaserve.artifact.codecs.base import Encoded, aligned
-from deltaserve.artifact.reader import Delta
+from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.compress.lora import Adapter
 from deltaserve.errors import CheckpointError, CompatibilityError
 
@@ -28,48 +22,24 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "voc
 
 
 def load_fine_tune(base: Checkpoint, source: Checkpoint | Adapter, device: str) -> Any:
-    """The fine-tune in eval mode. Raises CheckpointError if transformers cannot load it."""
+    """The fine-tune in eval mode and its own precision, to generate text with.
+
+    Weights are mapped from the files, so that memory holds only what is being computed; on
+    another device than the CPU they are copied there. Raises CheckpointError if transformers
+    cannot run it.
+    """
     with quiet():
         if isinstance(source, Checkpoint):
-            return _ready(_load(source), device)
+            return _ready(_mapped(source), device)
         from peft import PeftModel  # slow to import, needed for adapters only
 
         try:
-            wrapped: Any = PeftModel.from_pretrained(_load(base), str(source.path))
+            wrapped: Any = PeftModel.from_pretrained(_mapped(base), str(source.path))
         except (ValueError, RuntimeError, OSError) as cause:
             raise CheckpointError(f"{source.path} cannot be loaded: {cause}") from None
-        return _ready(wrapped.merge_and_unload(), device)
-
-
-def load_with_delta(base: Checkpoint, delta: Delta, device: str) -> Any:
-    """Base + delta in eval mode, the sum not rounded: that is how an engine applies it."""
-    with quiet():
-        model = _load(base)
-        entry = delta.manifest.tensors.get(base.embedding or "")
-        if entry is not None and entry.shape[0] != model.config.get_text_config().vocab_size:
-            model.resize_token_embeddings(entry.shape[0], mean_resizing=False)
-    if HEAD in delta.manifest.tensors and base.tied:
-        # The fine-tune has a head of its own; all of it is written below.
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    parameters = dict(model.named_parameters())
-    for name in delta.names():
-        if name not in parameters:
-            raise CheckpointError(f"{delta.path}: the base has no parameter {name}")
-        with torch.no_grad():
-            parameters[name].copy_(
-                reconstruct(delta.encoded(name), base.tensor(name) if base.has(name) else None)
-            )
-    return _ready(model, device)
-
-
-def reconstruct(enc: Encoded, base: torch.Tensor | None) -> torch.Tensor:
-    """The fine-tuned parameter in float32, additive codecs not rounded to its own dtype."""
-    codec: Any = get_codec(enc.codec)
-    if codec.additive:
-        summed: torch.Tensor = codec.delta(enc).add_(aligned(base, enc.shape, torch.float32))
-        return summed
-    decoded: torch.Tensor = codec.decode(enc, base)
-    return decoded.float()
+        # The adapter's layers sit inside the model now; its factors may be of another dtype.
+        model = wrapped.get_base_model()
+        return _ready(model.to(base.dtype(base.names()[0])), device)
 
 
 def load_tokenizer(*places: Path) -> Any:
@@ -119,14 +89,38 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load(checkpoint: Checkpoint) -> Any:
+def _mapped(checkpoint: Checkpoint) -> Any:
+    """The model class over the checkpoint's own tensors, none of them copied."""
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-        return AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, config=config, dtype=torch.float32, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as cause:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+        state = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+        dtype = checkpoint.dtype(checkpoint.embedding or checkpoint.names()[0])
+        model.load_state_dict({n: t.to(dtype) for n, t in state.items()}, strict=False, assign=True)
+        model.tie_weights()
+        _fill_buffers(model, config)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as cause:
         raise CheckpointError(f"{checkpoint.path} cannot be loaded: {cause}") from None
+    empty = [name for name, value in model.state_dict().items() if value.is_meta]
+    if empty:
+        raise CheckpointError(f"{checkpoint.path} lacks {empty[0]}; copy or download it again")
+    return model.requires_grad_(False)
+
+
+def _fill_buffers(model: Any, config: Any) -> None:
+    """Buffers that no file holds, from a model of one layer and the same settings."""
+    single = copy.deepcopy(config)
+    text = single.get_text_config()
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, 1, None
+    if getattr(text, "layer_types", None):
+        text.layer_types = sorted(set(text.layer_types))
+        text.num_hidden_layers = len(text.layer_types)
+    small = dict(AutoModelForCausalLM.from_config(single).named_buffers())
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta and name in small:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, small[name])
 
 
 def _ready(model: Any, device: str) -> Any:

@@ -21,6 +21,9 @@ from deltaserve.artifact.codecs.params import parse_params
 from deltaserve.artifact.codecs.raw import RawParams
 from deltaserve.artifact.codecs.rows import RowsParams, changed_rows
 from deltaserve.artifact.codecs.xor import XorParams
+from deltaserve.compress.dare import DropParams
+from deltaserve.compress.delta_come import BandParams
+from deltaserve.compress.gptq import Solver
 from deltaserve.errors import CodecError, ConfigError
 
 # Smaller tensors gain nothing from a codec.
@@ -33,8 +36,10 @@ SETTINGS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     "rows": (RowsParams, ("bits", "group_size", "symmetric", "clip")),
     "int": (IntParams, ("bits", "group_size", "scale_axis", "symmetric", "planes", "clip")),
     "nm24": (Nm24Params, ("bits", "group_size", "clip")),
-    "lowrank": (LowRankParams, ("rank",)),
+    "lowrank": (LowRankParams, ("rank", "bits")),
     "nf4": (Nf4Params, ()),
+    "sparse": (DropParams, ("keep", "random", "seed")),
+    "sum": (BandParams, ("terms", "share")),
 }
 
 
@@ -44,6 +49,10 @@ class CodecChoice:
 
     codec: str
     params: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Leaves the base's values: costs nothing, and loses what the fine-tune changed.
+SKIP = CodecChoice("skip")
 
 
 @dataclass(frozen=True)
@@ -59,12 +68,14 @@ class Plan:
     """linear: for matrices; vocabulary: for embedding and head, None = decide by what changed.
 
     small: for norms, biases and anything tiny. rules come first, the first match wins.
+    solver: how codes are fitted to inputs, where there are any.
     """
 
     linear: CodecChoice
     vocabulary: CodecChoice | None
     small: CodecChoice
     rules: tuple[Rule, ...] = ()
+    solver: Solver = field(default_factory=Solver)
 
     def check_rules(self, names: Iterable[str]) -> None:
         """Raises ConfigError for a pattern that matches no parameter."""
@@ -93,14 +104,18 @@ class Plan:
         """Factors larger than the matrix itself are pointless."""
         if chosen.codec == "lowrank":
             rank = min(chosen.params.get("rank", LowRankParams.rank), *tensor.shape[-2:])
+            bits = chosen.params.get("bits", 0) or 8 * tensor.element_size()
             columns = tensor.shape[-1]
-            if rank * (tensor.numel() // columns + columns) >= tensor.numel():
+            stored = rank * (tensor.numel() // columns + columns) * bits
+            if stored >= dense_bytes(tuple(tensor.shape), tensor.dtype) * 8:
                 return self.small
         return chosen
 
 
 def choice(codec: str, params: Mapping[str, Any], where: str) -> CodecChoice:
     """Check a codec and its settings; ConfigError says where they came from."""
+    if codec == SKIP.codec and not params:
+        return SKIP
     if codec not in CODECS:
         raise ConfigError(f"{where}: unknown codec {codec!r} (known: {', '.join(CODECS)})")
     cls, settable = SETTINGS[codec]
@@ -120,6 +135,9 @@ def choice(codec: str, params: Mapping[str, Any], where: str) -> CodecChoice:
         parse_params(cls, codec, dict(params))
     except CodecError as cause:
         raise ConfigError(f"{where}: {cause}") from None
+    for number, term in enumerate(params.get("terms", ()), 1):
+        settings = {key: value for key, value in term.items() if key != "codec"}
+        choice(term["codec"], settings, f"{where}, term {number}")
     if codec == "rows" and "bits" not in params and params:
         raise ConfigError(f"{where}: {next(iter(params))} needs bits for codec rows")
     return CodecChoice(codec, dict(params))
@@ -131,6 +149,7 @@ def make_plan(
     vocabulary_codec: str | None = None,
     vocabulary_params: Mapping[str, Any] | None = None,
     rules: tuple[Rule, ...] = (),
+    solver: Solver | None = None,
 ) -> Plan:
     """A plan from options. ``raw`` and ``xor`` apply to every parameter, the others to linears.
 
@@ -141,7 +160,7 @@ def make_plan(
     vocabulary: CodecChoice | None = linear if linear.codec in LOSSLESS else None
     if vocabulary_codec is not None or vocabulary_params:
         vocabulary = choice(vocabulary_codec or "int", vocabulary_params or {}, "embeddings")
-    return Plan(linear, vocabulary, small, rules)
+    return Plan(linear, vocabulary, small, rules, solver or Solver())
 
 
 def load_rules(path: Path) -> tuple[Rule, ...]:

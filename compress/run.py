@@ -1,31 +1,37 @@
-"""Compress a fine-tune: one parameter at a time, from two checkpoints to one delta."""
+"""Compress fine-tunes of one base: what a caller asks for, and which way that takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deltaserve.artifact.checkpoint import HEAD, Checkpoint, locate
-from deltaserve.artifact.digest import checkpoint_digest
-from deltaserve.artifact.files import copy_changed
-from deltaserve.artifact.manifest import BaseRef, ClassBytes, Manifest, SourceRef
+from deltaserve.artifact.checkpoint import Checkpoint, locate
+from deltaserve.artifact.manifest import Manifest
 from deltaserve.artifact.safetensors_io import MAX_SHARD_BYTES
-from deltaserve.artifact.staging import require_free, write_text
-from deltaserve.artifact.writer import DeltaWriter
-from deltaserve.compress.calibrate import calibrated_changes, calibration_text
-from deltaserve.compress.card import model_card
-from deltaserve.compress.change import Change, base_head, compare
-from deltaserve.compress.classify import classify
-from deltaserve.compress.common import PathLike, Progress, silent
+from deltaserve.artifact.staging import require_free
+from deltaserve.compress.change import compare
+from deltaserve.compress.choose import Chosen, Request, calibrated
+from deltaserve.compress.common import PathLike, Progress, check_device, silent
 from deltaserve.compress.compat import check_compatible
+from deltaserve.compress.goal import Goal
+from deltaserve.compress.layers import ARCHITECTURES
 from deltaserve.compress.lora import Adapter
 from deltaserve.compress.plan import Plan, make_plan
-from deltaserve.compress.text import Text
+from deltaserve.compress.store import Destination, Origin, adapter_changes, source_digest, store
 from deltaserve.compress.textsource import TextOptions
 from deltaserve.errors import ConfigError
 
-# A finished delta before anyone can see it: returns its manifest, perhaps with a report.
-Check = Callable[[Path, Manifest], Manifest]
+# zstd's, for the lossless preset: at most the size of zstd -19 on the XOR of the two files.
+SMALLEST = 19
+
+
+@dataclass(frozen=True)
+class Target:
+    """A fine-tune (a directory, hub id or PEFT LoRA adapter) and where its delta goes."""
+
+    model: PathLike
+    out: PathLike
 
 
 def compress(
@@ -35,9 +41,9 @@ def compress(
     plan: Plan | None = None,
     progress: Progress = silent,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    calibration: TextOptions | Text | None = None,
+    calibration: TextOptions | None = None,
     device: str = "cpu",
-    check: Check | None = None,
+    distil: int = 0,
 ) -> Manifest:
     """Write ``model - base`` to the new directory ``out`` and return its manifest.
 
@@ -45,101 +51,106 @@ def compress(
     kept exactly and takes no plan. calibration: text that the fine-tune reads on
     ``device``, so that projections are quantised for what they do to it. Memory: a few
     times the largest tensor; with calibration also a decoder layer and the activations.
-    check: sees the result before it appears; what it raises ends the run.
+    distil: steps of ``distill`` after that, for which the whole model is in memory.
     Nothing is left at ``out`` unless all went well. Raises CheckpointError, CompatibilityError,
     CodecError, ConfigError, OutputExistsError.
     """
-    require_free(Path(out))
-    origin = Checkpoint.open(base)
+    request = Request(plan=plan, options=calibration, device=device, distil=distil)
+    targets = [Target(model, out)]
+    return compress_many(base, targets, request, progress, max_shard_bytes)[0].manifest
+
+
+def compress_to(
+    base: PathLike,
+    model: PathLike,
+    out: PathLike,
+    goal: Goal,
+    options: TextOptions | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Chosen:
+    """Like ``compress``, with codecs chosen per tensor and the result checked on held-out text.
+
+    The manifest's quality tells whether the goal was met. A model that cannot be
+    calibrated is rounded plainly, and ``note`` says so. Raises what ``compress`` raises,
+    and ConfigError for a ratio that no choice reaches.
+    """
+    request = Request(goal=goal, options=options or TextOptions(), device=device)
+    return compress_many(base, [Target(model, out)], request, progress)[0]
+
+
+def compress_many(
+    base: PathLike,
+    targets: Sequence[Target],
+    request: Request,
+    progress: Progress = silent,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> list[Chosen]:
+    """Several fine-tunes in step, layer by layer, so that what one reads of the base is still
+    in memory for the next; the base is opened and hashed once."""
+    for target in targets:
+        require_free(Path(target.out))
+    check_device(request.device)
+    origin = Origin.open(base, progress)
+    found: list[Chosen | None] = [None] * len(targets)
+    running = {
+        number: _steps(
+            origin, target.model, Destination(Path(target.out), max_shard_bytes), request,
+            _named(progress, target, len(targets)),
+        )
+        for number, target in enumerate(targets)
+    }  # fmt: skip
+    try:
+        while running:
+            for number, steps in list(running.items()):
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    found[number] = end.value
+                    del running[number]
+    finally:
+        for steps in running.values():
+            steps.close()
+    return [each for each in found if each is not None]
+
+
+def _named(progress: Progress, target: Target, count: int) -> Progress:
+    """Several at once are told apart by the names of their outputs."""
+    if count == 1:
+        return progress
+    name = Path(target.out).name
+    return lambda phase, done, total: progress(f"{name}: {phase}", done, total)
+
+
+def _steps(
+    origin: Origin, model: PathLike, to: Destination, request: Request, report: Progress
+) -> Generator[None, None, Chosen]:
     path, name = locate(model)
-    text: Text | None = None
     if Adapter.is_adapter(path):
-        if plan is not None or calibration is not None:
+        if request.plan is not None or (request.options is not None and request.goal is None):
             raise ConfigError(
                 f"{name} is a LoRA adapter, which is always kept exactly; drop the options for "
                 "codecs and calibration"
             )
-        source: Checkpoint | Adapter
-        source = adapter = Adapter.open(path, name)
-        changes = _adapter_changes(origin, adapter)
-    else:
-        source = tuned = Checkpoint.open(model)
-        plan = plan or make_plan()
-        names = check_compatible(origin, tuned)
-        plan.check_rules(names)
-        if calibration is None:
-            changes = (compare(name, origin, tuned, plan) for name in names)
-        else:
-            text = (
-                calibration
-                if isinstance(calibration, Text)
-                else calibration_text(origin, tuned, calibration, device)
-            )
-            changes = calibrated_changes(names, origin, tuned, plan, text, device)
-    with DeltaWriter(out, max_shard_bytes=max_shard_bytes) as writer:
-        full = _store(writer, changes, source, progress)
-        if isinstance(source, Adapter):
-            full = [(classify(n, origin.shape(n)), _size(origin, n)) for n in origin.names()]
-        manifest = _finish(writer, origin, source, ClassBytes.of(full), text, progress)
-        if check is not None:
-            manifest = check(writer.directory, manifest)
-        write_text(writer.directory / "README.md", model_card(manifest))
-        writer.commit()
-    return manifest
-
-
-def _store(
-    writer: DeltaWriter, changes: Iterator[Change], source: Checkpoint | Adapter, report: Progress
-) -> list[tuple[str, int]]:
-    """Write all changes; returns (kind, bytes) of every parameter seen."""
-    full, done = [], 0
-    for change in changes:
-        if change.enc is not None:
-            writer.add(change.name, change.enc, kind=change.kind, error=change.error)
-        full.append((change.kind, change.full_bytes))
-        done += change.full_bytes
-        report("compress", min(done, source.num_bytes), source.num_bytes)
-    return full
-
-
-def _finish(
-    writer: DeltaWriter,
-    base: Checkpoint,
-    source: Checkpoint | Adapter,
-    full: ClassBytes,
-    text: Text | None,
-    report: Progress,
-) -> Manifest:
-    kind = "lora" if isinstance(source, Adapter) else "full"
-    base_digest = checkpoint_digest(base, lambda done, total: report("hash base", done, total))
-    digest = checkpoint_digest(source, lambda done, total: report("hash model", done, total))
-    copy_changed(source.path, base.path, writer.directory)
-    manifest = writer.finish(
-        base=BaseRef(base.name, _revision(base.path), base_digest),
-        source=SourceRef(source.name, digest, kind),
-        architecture=base.architecture,
-        full=full,
-        calibration=None if text is None else text.ref(),
-    )
-    return manifest
-
-
-def _adapter_changes(base: Checkpoint, adapter: Adapter) -> Iterator[Change]:
-    targets = adapter.targets(base)
-    if adapter.keeps_base_head(base, targets):
-        yield Change(HEAD, "head", base_head(base.tensor(HEAD)), 0.0, 0)
-    for target in targets:
-        enc = adapter.encode(target, base)
-        stored = sum(t.numel() * t.element_size() for t in enc.tensors.values())
-        yield Change(target.parameter, classify(target.parameter, enc.shape), enc, 0.0, stored)
-
-
-def _size(checkpoint: Checkpoint, name: str) -> int:
-    tensor = checkpoint.tensor(name)
-    return tensor.numel() * tensor.element_size()
-
-
-def _revision(path: Path) -> str | None:
-    """The commit of a hub snapshot: its directory is named after it."""
-    real = path.resolve()
-    return real.name if real.parent.name == "snapshots" else None
+        adapter = Adapter.open(path, name)
+        changes = adapter_changes(origin.checkpoint, adapter)
+        digest = source_digest(adapter, report)
+        note = "adapters are kept exactly" if request.goal else ""
+        return Chosen((yield from store(origin, adapter, digest, changes, to, report)), note=note)
+    tuned, note = Checkpoint.open(model), ""
+    names = check_compatible(origin.checkpoint, tuned)
+    if request.goal is not None and request.goal.lossless:
+        request = replace(
+            request, goal=None, options=None, plan=make_plan("xor", {"level": SMALLEST})
+        )
+    elif request.goal is not None and tuned.architecture not in ARCHITECTURES:
+        note = f"{tuned.architecture} cannot be calibrated: rounded plainly to 2 bits, not checked"
+        request = replace(request, goal=None, options=None)
+    digest = source_digest(tuned, report)
+    if request.options is not None:
+        return (yield from calibrated(origin, tuned, digest, names, to, request, report))
+    plan = request.plan or make_plan()
+    plan.check_rules(names)
+    plain = (compare(name, origin.checkpoint, tuned, plan) for name in names)
+    manifest = yield from store(origin, tuned, digest, plain, to, report)
+    return Chosen(manifest, note=note)

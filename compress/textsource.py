@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaserve.compress.text import Text, read_text, sample_text
+from deltaserve.compress.jsonl import read_text
+from deltaserve.compress.sampling import sample_text
+from deltaserve.compress.text import Sample, Text
 from deltaserve.errors import CompatibilityError, ConfigError
 
 SAMPLED_LENGTH = 256
@@ -58,9 +60,9 @@ def gather_text(
     )
 
 
-def check_tokens(text: Text, vocabulary: int) -> None:
+def check_tokens(samples: Sequence[Sample], vocabulary: int) -> None:
     """Raises CompatibilityError if the text has tokens that the model does not."""
-    highest = max(max(sample.tokens) for sample in text.samples)
+    highest = max((max(sample.tokens) for sample in samples), default=0)
     if highest >= vocabulary:
         raise CompatibilityError(
             f"the tokenizer knows token {highest}, the model only {vocabulary} tokens; "

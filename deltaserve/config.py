@@ -34,8 +34,13 @@ SERVER_KNOBS = (
     "tool_call_parser",
     "request_timeout_s",
     "max_body_bytes",
+    "log_format",
+    "otlp_traces_endpoint",
+    "delta_urls",
+    "max_delta_bytes",
 )
 
+LIST_KNOBS = {"delta_roots": "directories", "delta_urls": "addresses"}
 KEY_KNOBS = ("api_key", "admin_key")
 """Only their digests are kept."""
 
@@ -45,6 +50,7 @@ SchedulingPolicy = Literal["fcfs", "priority", "vtc"]
 
 
 ToolCallParser = Literal["auto", "hermes", "llama3_json", "mistral"]
+LogFormat = Literal["text", "json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,9 @@ class EngineConfig:
     """Tokens in a KV block."""
     kv_cache_memory_bytes: int | None = None
     """Memory of the KV cache; None lets the engine choose."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that may be used; what is left of it beside the base and the largest
+    step goes to the KV cache and to deltas."""
     enable_prefix_caching: bool = True
     """Requests of one model share what they have in common at the beginning."""
     delta_memory_bytes: int | None = None
@@ -94,6 +103,9 @@ class EngineConfig:
     merge_memory_bytes: int | None = None
     """Memory for deltas whose projections are kept dense (base + delta) as well: faster on a CPU
     where many rows use one. None takes a quarter of what is free on a CPU, nothing on a GPU."""
+    enforce_eager: bool = False
+    """On a GPU, launch the kernels of each decode step one by one instead of replaying captured
+    steps (CUDA graphs). Slower; starts sooner and takes less memory."""
     deterministic: bool = False
     """A request's logits and tokens are the same to the bit, whatever shares the batch. Slow."""
 
@@ -129,6 +141,11 @@ class EngineConfig:
             _require_positive(name, getattr(self, name))
         for name in ("slo_tpot_ms", "max_wait_s", "load_timeout_s"):
             _require_duration(name, getattr(self, name))
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}, but must be above 0 "
+                "and at most 1"
+            )
         for name in ("host_memory_bytes", "merge_memory_bytes"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -163,6 +180,11 @@ class ServerConfig:
     """What a request may take from its first byte to the end of its answer."""
     max_body_bytes: int = 8 * 2**20
     """Larger requests are refused."""
+    log_format: LogFormat = "text"
+    """"json": each line of the log is an object, with the id of the request it is about."""
+    otlp_traces_endpoint: str | None = None
+    """Where traces of requests are sent by OTLP over HTTP, such as
+    http://127.0.0.1:4318/v1/traces. Needs the extra "otel"."""
     api_key_sha256: bytes | None = field(default=None, repr=False)
     """Digest of the key that /v1 asks for (the knob ``api_key``); the key itself is not kept.
     For a single user: where there are tenants, each has its own."""
@@ -175,6 +197,11 @@ class ServerConfig:
     """Directory for the registry, the tenants and the usage; needed by the two above."""
     delta_roots: tuple[str, ...] = ()
     """Directories from which deltas may be loaded at run time."""
+    delta_urls: tuple[str, ...] = ()
+    """Beginnings of the addresses (s3://, gs://, az://, https://, http://) from which deltas may be
+    fetched at run time. Needs the extra "objects"."""
+    max_delta_bytes: int = 64 * 2**30
+    """Larger deltas are not fetched."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -188,8 +215,13 @@ class ServerConfig:
             raise ConfigError("tenants and admin_key need state_dir: name a directory to keep")
         if self.state_dir is not None and not self.managed:
             raise ConfigError("state_dir has no use without admin_key or tenants")
-        if self.delta_roots and self.admin_key_sha256 is None:
-            raise ConfigError("delta_roots has no use without admin_key: nobody could load a delta")
+        _require_positive("max_delta_bytes", self.max_delta_bytes)
+        for name in ("delta_roots", "delta_urls"):
+            if getattr(self, name) and self.admin_key_sha256 is None:
+                raise ConfigError(f"{name} has no use without admin_key: nobody could load a delta")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ConfigError("otlp_traces_endpoint must begin with http:// or https://")
         if self.managed and self.api_key_sha256 is not None:
             raise ConfigError("api_key is for a single user: make a tenant for it instead")
 
@@ -222,7 +254,8 @@ def load_config(flags: Mapping[str, Any], file: Path | None = None) -> ServerCon
     for name, value in values.items():
         _check_type(name, value)
     server = {name: values.pop(name) for name in SERVER_KNOBS if name in values}
-    server["delta_roots"] = tuple(server.get("delta_roots", ()))
+    for name in LIST_KNOBS:
+        server[name] = tuple(server.get(name, ()))
     keys = {name: values.pop(name, None) for name in KEY_KNOBS}
     digests = {name: None if key is None else hash_key(key) for name, key in keys.items()}
     if "base" not in values:
@@ -263,9 +296,9 @@ def _knobs() -> dict[str, Any]:
 
 def _check_type(name: str, value: Any) -> None:
     wanted = _knobs()[name]
-    if name == "delta_roots":
+    if name in LIST_KNOBS:
         if not (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)):
-            raise ConfigError("delta_roots must be a list of directories")
+            raise ConfigError(f"{name} must be a list of {LIST_KNOBS[name]}")
         return
     if get_origin(wanted) is Literal:
         choices = get_args(wanted)

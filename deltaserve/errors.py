@@ -45,6 +45,10 @@ class PipelineError(DeltaServeError):
     """A plan, its data, or a saved state is wrong; the message names the operator or the row."""
 
 
+class ServiceError(PipelineError):
+    """The service of input pipelines is unreachable, or cannot do what it was asked."""
+
+
 class OutputExistsError(DeltaServeError):
     """The output directory exists and is not empty."""
 

@@ -8,6 +8,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from hypothesis import settings
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("deltaserve", deadline=None)
+settings.load_profile("deltaserve")
 
 # Before Triton is imported, which some libraries do: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():

@@ -85,6 +85,13 @@ class FakeParts:
         size = int(delta.path.name)
         return Needs(size, size, 4 * size, size, 100)
 
+    @property
+    def copies(self) -> bool:
+        return False
+
+    def copy(self, operands: Any) -> Any:
+        raise AssertionError("operands are not copied here")
+
     def make(self, delta: Any) -> Any:
         return FakeOperands(int(delta.path.name), self.layers)
 

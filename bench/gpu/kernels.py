@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from deltaserve.bench.record import record
-from deltaserve.kernels.delta_matmul import GroupedDeltas, Segment, cut, launch, reference
-from deltaserve.kernels.delta_matmul.layout import Operand
+from deltaserve.kernels.delta_matmul import GroupedDeltas, Segment, cut
+from deltaserve.kernels.delta_matmul.dense import apply_dense
 from deltaserve.kernels.delta_matmul.synthetic import random_operand
 
 # (outputs, inputs); q, k, v and gate, up as if they were one projection.
@@ -121,16 +121,8 @@ def measure_one(
         "bytes": stored + x.nbytes + 2 * y.nbytes,
         "grouped_us": clock.microseconds(lambda: grouped.apply(y, x, chunks)),
         "dense_us": clock.microseconds(each(lambda i, _, x: F.linear(x, dense_SNK[i]))),
-        "dequantise_us": clock.microseconds(each(lambda i, y, x: unpacked(operands[i], y, x))),
+        "dequantise_us": clock.microseconds(each(lambda i, y, x: apply_dense(operands[i], y, x))),
     }
-
-
-def unpacked(operand: Operand, y_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
-    """One tenant without the grouped kernel: the weight is unpacked, the library multiplies."""
-    if operand.kind.codec == "lowrank":
-        reference.delta_matmul(y_TN, x_TK, operand.enc)
-    else:
-        y_TN.addmm_(x_TK, launch.dequantised(operand, x_TK.shape[1], x_TK.dtype).T)
 
 
 def line(result: dict[str, Any]) -> str:

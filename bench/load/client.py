@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 
@@ -51,6 +51,22 @@ class Answer:
                 self.token_times.append(now)
                 self.texts.append(text)
             self.complete |= choice.get("finish_reason") is not None
+
+
+class Asker(Protocol):
+    """Who answers the requests of a run: a server, or a simulation of one."""
+
+    @property
+    def url(self) -> str: ...
+
+    async def ask(
+        self,
+        record: Record,
+        prompt: Prompt,
+        output_tokens: int,
+        key: str,
+        cancel_after: float | None = None,
+    ) -> tuple[Record, str]: ...
 
 
 @dataclass(frozen=True)

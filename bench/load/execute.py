@@ -9,10 +9,11 @@ import datetime
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import aiohttp
 
-from deltaserve.bench.load.client import Client
+from deltaserve.bench.load.client import Asker, Client
 from deltaserve.bench.load.plan import Served, probe_sessions, resolve_models, sessions
 from deltaserve.bench.load.prompts import Renderer
 from deltaserve.bench.load.result import Measured
@@ -31,10 +32,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Target:
-    """Where to send requests. pid: of the server's process, if it was started here."""
+    """Where to send requests. key: of tenants that name none. admin_key: to see its metrics, where
+    it wants one for them. pid: of the server's process, if it was started here."""
 
     url: str
     key: str = ""
+    admin_key: str = ""
     pid: int | None = None
 
 
@@ -54,9 +57,9 @@ async def _measure(target: Target, workload: Workload, on_progress: Progress) ->
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
         keys = {tenant.name: workload.api_key(tenant, target.key) for tenant in workload.tenants}
         served = await _look_with_every_key(http, target, keys)
-        test = LoadTest(http, target, workload, keys, served, on_progress)
-        await test.prepare()
-        return await test.execute()
+        server = HttpServer(http, target, workload, keys)
+        renderer = await server.prepare(served)
+        return await LoadTest(server, workload, keys, served, renderer, on_progress).execute()
 
 
 async def _look_with_every_key(
@@ -70,8 +73,28 @@ async def _look_with_every_key(
     return {name: seen[key] for name, key in keys.items()}
 
 
-class LoadTest:
-    """What the runs of one test share: the server, its models, and its tokenizer's measure."""
+class Watcher(Protocol):
+    """Follows the server's own numbers during a run."""
+
+    async def follow(self, clock: Callable[[], float], series: Series) -> None: ...
+
+    async def look(self, clock: Callable[[], float], series: Series) -> None: ...
+
+
+class Backend(Protocol):
+    """What is loaded: a server, or a simulation of one."""
+
+    def client(self, clock: Callable[[], float]) -> Asker: ...
+
+    def scraper(self) -> Watcher: ...
+
+    async def facts(self) -> dict[str, object]:
+        """For the record."""
+        ...
+
+
+class HttpServer:
+    """A ``Backend`` that is reached over HTTP."""
 
     def __init__(
         self,
@@ -79,28 +102,62 @@ class LoadTest:
         target: Target,
         workload: Workload,
         keys: Mapping[str, str],
-        served: Mapping[str, Sequence[Served]],
-        on_progress: Progress,
     ) -> None:
-        self._http, self._target, self._workload = http, target, workload
-        self._keys, self._served = keys, served
-        self._on_progress = on_progress
+        self._http, self._target, self._workload, self._keys = http, target, workload, keys
         self._renderer = Renderer()
-        self._series = Series()
+        self._models = 0
 
-    async def prepare(self) -> None:
-        """Every model asked once, so that nothing measured is somebody's first time."""
+    async def prepare(self, served: Mapping[str, Sequence[Served]]) -> Renderer:
+        """Every model asked once, so that nothing measured is somebody's first time. Returns
+        what makes prompts of a wanted length for this server."""
+        self._models = len({model.name for models in served.values() for model in models})
         asked = {
             model: self._keys[tenant.name]
             for tenant in reversed(self._workload.tenants)
-            for model in resolve_models(tenant, self._served[tenant.name])
+            for model in resolve_models(tenant, served[tenant.name])
         }
-        clock = asyncio.get_running_loop().time
-        client = self._client(clock)
+        client = self.client(asyncio.get_running_loop().time)
         first = self._workload.tenants[0]
-        model = resolve_models(first, self._served[first.name])[0]
+        model = resolve_models(first, served[first.name])[0]
         self._renderer = await calibrate(client, model, self._keys[first.name])
         await warm_up(client, self._renderer, list(asked.items()))
+        return self._renderer
+
+    def client(self, clock: Callable[[], float]) -> Client:
+        return Client(self._http, self._target.url, self._workload, clock)
+
+    def scraper(self) -> Scraper:
+        target, first = self._target, self._workload.tenants[0].name
+        key = target.admin_key or self._keys[first]
+        return Scraper(self._http, target.url, key, self._workload.scrape, target.pid)
+
+    async def facts(self) -> dict[str, object]:
+        return {
+            "url": self._target.url,
+            "version": await version(self._http, self._target.url),
+            "models": self._models,
+            "tokens_per_word": self._renderer.tokens_per_word,
+        }
+
+
+class LoadTest:
+    """The runs of one test: of each tenant alone, if asked for, and of all."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        workload: Workload,
+        keys: Mapping[str, str],
+        served: Mapping[str, Sequence[Served]],
+        renderer: Renderer,
+        on_progress: Progress,
+    ) -> None:
+        """keys, served: of each tenant."""
+        self._backend, self._workload = backend, workload
+        self._keys, self._served = keys, served
+        self._renderer = renderer
+        self._on_progress = on_progress
+        self._series = Series()
 
     async def execute(self) -> Measured:
         workload = self._workload
@@ -116,25 +173,27 @@ class LoadTest:
             together = await self._run(tenants, workload.name)
         else:  # all that there is; its records are of one tenant
             alone.popitem()
-        return Measured(workload, together, await self._facts(), started, alone, self._series)
+        facts = await self._backend.facts()
+        return Measured(workload, together, facts, started, alone, self._series)
 
     async def _run(self, tenants: Sequence[Tenant], name: str) -> Run:
         runner = Runner(
-            self._client, self._workload, self._keys, lambda run: self._on_progress(name, run)
+            self._backend.client,
+            self._workload,
+            self._keys,
+            lambda run: self._on_progress(name, run),
         )
         renderer = dataclasses.replace(self._renderer, salt=name)
         streams = {
             tenant: sessions(tenant, self._workload, self._served[tenant.name], renderer)
             for tenant in tenants
         }
-        first = self._workload.tenants[0].name
         probes = None
         if self._workload.probes is not None:
+            first = self._workload.tenants[0].name
             probes = probe_sessions(self._workload, self._served[first], renderer)
         self._series = Series()
-        scraper = Scraper(
-            self._http, self._target.url, self._keys[first], self._workload.scrape, self._target.pid
-        )
+        scraper = self._backend.scraper()
         follow = asyncio.ensure_future(scraper.follow(runner.clock, self._series))
         with _stopping(runner):
             run = await runner.execute(streams, probes)
@@ -142,18 +201,6 @@ class LoadTest:
         await asyncio.gather(follow, return_exceptions=True)
         await scraper.look(runner.clock, self._series)
         return run
-
-    def _client(self, clock: Callable[[], float]) -> Client:
-        return Client(self._http, self._target.url, self._workload, clock)
-
-    async def _facts(self) -> dict[str, object]:
-        names = {model.name for served in self._served.values() for model in served}
-        return {
-            "url": self._target.url,
-            "version": await version(self._http, self._target.url),
-            "models": len(names),
-            "tokens_per_word": self._renderer.tokens_per_word,
-        }
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltaserve.bench.load.arrivals import Closed
-from deltaserve.bench.load.client import Client, Prompt
+from deltaserve.bench.load.client import Asker, Prompt
 from deltaserve.bench.load.plan import Session
 from deltaserve.bench.load.records import Outcome, Record
 from deltaserve.bench.load.target import as_prompt, listens
@@ -45,7 +45,7 @@ class Runner:
 
     def __init__(
         self,
-        make_client: Callable[[Callable[[], float]], Client],
+        make_client: Callable[[Callable[[], float]], Asker],
         workload: Workload,
         keys: Mapping[str, str],
         on_progress: Callable[[Run], None] = lambda run: None,
@@ -56,7 +56,8 @@ class Runner:
         self._workload = workload
         self._keys = keys
         self._on_progress = on_progress
-        self._origin = time.perf_counter()
+        self._time = asyncio.get_running_loop().time
+        self._origin = self._time()
         self._stopped = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._error: BaseException | None = None
@@ -66,8 +67,8 @@ class Runner:
         self._slots = asyncio.Semaphore(slots) if slots else None
 
     def clock(self) -> float:
-        """Seconds since the start; monotonic, so that nobody's clock setting matters."""
-        return time.perf_counter() - self._origin
+        """Seconds since the start; the loop's time is monotonic: nobody's clock setting matters."""
+        return self._time() - self._origin
 
     def stop(self, why: str) -> None:
         if not self._stopped.is_set():
@@ -78,7 +79,7 @@ class Runner:
         self, streams: Mapping[Tenant, Iterator[Session]], probes: Iterator[Session] | None = None
     ) -> Run:
         """Send everything, wait for the answers, or until ``stop`` or the time limit."""
-        self._origin = time.perf_counter()
+        self._origin = self._time()
         cpu = time.process_time()
         feeders: list[asyncio.Future[None]] = [
             asyncio.ensure_future(feeder)

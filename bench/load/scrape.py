@@ -67,7 +67,7 @@ class Scraper:
         metrics, stats = await asyncio.gather(self._get("/metrics"), self._get("/v1/stats"))
         values = parse_prometheus(metrics) if metrics else {}
         with contextlib.suppress(json.JSONDecodeError):
-            values |= dict(_flatten("stats", json.loads(stats))) if stats else {}
+            values |= dict(flatten("stats", json.loads(stats))) if stats else {}
         if self.pid is not None:
             values |= process_usage(self.pid)
         if values:
@@ -165,13 +165,13 @@ def _share(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None
 
 
-def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
+def flatten(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
     """Numbers of nested mappings; what is counted per tenant or model is left out."""
     for key, each in value.items() if isinstance(value, dict) else ():
         if isinstance(each, int | float):
             yield f"{prefix}.{key}", float(each)
         elif isinstance(each, dict) and not any(isinstance(v, dict) for v in each.values()):
-            yield from _flatten(f"{prefix}.{key}", each)
+            yield from flatten(f"{prefix}.{key}", each)
 
 
 def _family(pid: int) -> Iterator[int]:

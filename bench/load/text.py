@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 WIDTH = 50
+MOST_ROWS = 20
+"""Of models, and of tenants."""
 MEASURES = {
     "ttft": ("Time to First Token", "TTFT"),
     "tpot": ("Time per Output Token (excl. 1st token)", "TPOT"),
@@ -85,7 +87,10 @@ def _groups(kind: str, groups: Mapping[str, Any], slowdowns: Mapping[str, Any]) 
     columns += ["slowdown"] if slowdowns else []
     yield ""
     yield f"{kind:<24}" + "".join(f"{column:>10}" for column in columns)
+    busiest = sorted(groups, key=lambda name: -groups[name]["requests"])[:MOST_ROWS]
     for name, found in groups.items():
+        if name not in busiest:
+            continue
         cells = [str(found["requests"]), str(found["failed"]), f"{found['output_throughput']:.1f}"]
         for measure, which in (
             ("ttft", "p50"),
@@ -99,6 +104,8 @@ def _groups(kind: str, groups: Mapping[str, Any], slowdowns: Mapping[str, Any]) 
             ratio = slowdowns.get(name, {}).get("e2e_mean")
             cells.append(f"{ratio:.2f}x" if ratio else "-")
         yield f"{name:<24}" + "".join(f"{cell:>10}" for cell in cells)
+    if len(groups) > MOST_ROWS:
+        yield f"... the {MOST_ROWS} busiest of {len(groups):,}; all are in the JSON"
 
 
 def _fairness(result: Mapping[str, Any]) -> Iterator[str]:

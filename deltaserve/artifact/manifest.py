@@ -151,7 +151,7 @@ class Manifest:
             "digest": self.digest,
         }
         if self.calibration is not None:
-            value["calibration"] = asdict(self.calibration)
+            value["calibration"] = self.calibration.to_json()
         if self.quality is not None:
             value["quality"] = self.quality.to_json()
         return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from deltaserve.artifact.fields import count_at, digest_at, object_at, text_at
@@ -15,7 +15,8 @@ class TextRef:
     """The text that something was measured or calibrated on.
 
     source: the file's name, or "sampled from the fine-tune". digest: sha256 over the
-    sequences of token ids. seed: what drew or chose them.
+    sequences of token ids. seed: what drew or chose them. file_digest, file_bytes: sha256 and size
+    of the file that they come from, None where the fine-tune wrote them.
     """
 
     source: str
@@ -23,14 +24,28 @@ class TextRef:
     sequences: int
     tokens: int
     seed: int
+    file_digest: str | None = None
+    file_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able object; what is said of a file only where there was one."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_json(cls, value: object, where: str) -> TextRef:
         """Raises ArtifactError naming the first wrong field."""
         text = object_at(value, where)
-        numbers = (count_at(text, key, f"{where}.") for key in ("sequences", "tokens", "seed"))
-        return cls(text_at(text, "source", f"{where}."), digest_at(text, "digest", f"{where}."),
-                   *numbers)  # fmt: skip
+        at = f"{where}."
+        sequences, tokens, seed = (count_at(text, k, at) for k in ("sequences", "tokens", "seed"))
+        source, digest = text_at(text, "source", at), digest_at(text, "digest", at)
+        found = cls(source, digest, sequences, tokens, seed)
+        if "file_digest" not in text:
+            return found
+        return replace(
+            found,
+            file_digest=digest_at(text, "file_digest", at),
+            file_bytes=count_at(text, "file_bytes", at),
+        )
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,9 @@ class Quality:
     token. perplexity_*: of the text. prompts: greedy continuations that were compared, of
     up to ``continued`` tokens; identical: share of them without any difference;
     first_divergence: median place of the first difference among the others (-1: none).
-    max_kl, min_agreement: thresholds, None where there was none; passed: all were met.
+    tasks: prompts with one right answer, None if there were none; tasks_*: share of exact
+    matches. max_kl, min_agreement, min_tasks (share of the fine-tune's matches): thresholds, None
+    where there was none; passed: all were met.
     """
 
     delta: str
@@ -61,10 +78,16 @@ class Quality:
     max_kl: float | None
     min_agreement: float | None
     passed: bool
+    tasks: int | None = None
+    tasks_fine_tune: float | None = None
+    tasks_delta: float | None = None
+    min_tasks: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able object, in the order of the fields."""
-        return asdict(self)
+        """A JSON-able object, in the order of the fields; tasks only where there were some."""
+        tasks = self.tasks is not None
+        found = {k: v for k, v in asdict(self).items() if tasks or "tasks" not in k}
+        return found | {"text": self.text.to_json()}
 
     @classmethod
     def from_json(cls, value: object) -> Quality:

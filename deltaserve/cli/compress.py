@@ -2,154 +2,195 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from deltaserve.cli import compress_options as options
 from deltaserve.cli.progress import progress_bar, stop_on_sigterm
 
+if TYPE_CHECKING:
+    from deltaserve.compress.choose import Request
+    from deltaserve.compress.goal import Goal
+    from deltaserve.compress.plan import Plan
+    from deltaserve.compress.run import Target
+    from deltaserve.compress.textsource import TextOptions
+
 MISSED = 1
-ARGUMENT_BASE = typer.Argument(metavar="BASE", help="Directory or hub id of the base model.")
-ARGUMENT_MODEL = typer.Argument(
-    metavar="MODEL", help="Directory or hub id of the fine-tune, or a PEFT LoRA adapter."
-)
 
 
 def run(
-    base: Annotated[str, ARGUMENT_BASE],
-    model: Annotated[str, ARGUMENT_MODEL],
-    out: Annotated[Path, typer.Option("--out", "-o", help="New directory for the delta.")],
-    preset: Annotated[
-        str | None,
-        typer.Option(help="lossless, quality, balanced or small: codecs by measured effect."),
-    ] = None,
-    target_ratio: Annotated[
-        float | None, typer.Option(help="Fine-tune / delta in memory: the best at this size.")
-    ] = None,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(help="Most divergence from the fine-tune, nats per token: the smallest such."),
-    ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Show what every tensor could be stored in, and why.")
-    ] = False,
-    codec: Annotated[
-        str | None,
-        typer.Option(
-            help="For linear layers: int (default), nm24, lowrank, nf4, rows; "
-            "raw and xor are lossless and apply to every parameter."
-        ),
-    ] = None,
-    bits: Annotated[int | None, typer.Option(help="1, 2, 3, 4 or 8 bits per value.")] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Values that share a scale; 0 = a whole row.")
-    ] = None,
-    planes: Annotated[
-        int | None, typer.Option(help="int: further planes quantise what is left over.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="lowrank: rank of the factors.")] = None,
-    asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="int: zero points; exact zeros stay zero.")
-    ] = False,
-    scale_axis: Annotated[
-        str | None, typer.Option(help="int: group (default), row, column or tensor.")
-    ] = None,
-    clip: Annotated[
-        str | None, typer.Option(help="mse (default) or absmax: how scales are chosen.")
-    ] = None,
-    embedding_codec: Annotated[
-        str | None, typer.Option(help="For embedding and head: rows, int, raw, ...")
-    ] = None,
-    embedding_bits: Annotated[
-        int | None, typer.Option(help="For embedding and head; codec int unless named.")
-    ] = None,
-    calibrate: Annotated[
-        bool,
-        typer.Option("--calibrate", help="int, nm24: fit the codes to what the layers read."),
-    ] = False,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Calibrate on this JSONL of text or messages; else on the fine-tune's own words."
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Sequences of calibration text.")] = 64,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Longest of them in tokens; longer ones are cut.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the calibration text.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to calibrate: cpu, cuda, ...")] = "cpu",
-    config: Annotated[
-        Path | None,
-        typer.Option(help="YAML patterns that choose per parameter; the first match wins."),
-    ] = None,
+    base: options.Base,
+    model: options.Models,
+    out: options.Out,
+    preset: options.Preset = None,
+    target_ratio: options.TargetRatio = None,
+    max_kl: options.MaxKl = None,
+    explain: options.Explain = False,
+    plain: options.Plain = False,
+    codec: options.Codec = None,
+    bits: options.Bits = None,
+    group_size: options.GroupSize = None,
+    planes: options.Planes = None,
+    rank: options.Rank = None,
+    keep: options.Keep = None,
+    asymmetric: options.Asymmetric = False,
+    scale_axis: options.ScaleAxis = None,
+    clip: options.Clip = None,
+    embedding_codec: options.EmbeddingCodec = None,
+    embedding_bits: options.EmbeddingBits = None,
+    config: options.Config = None,
+    calibrate: options.Calibrate = False,
+    act_order: options.ActOrder = None,
+    distil: options.Distil = None,
+    data: options.Data = None,
+    samples: options.Samples = 64,
+    seq_len: options.SeqLen = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
 ) -> int:
-    """Compress a fine-tune of a base model into a delta.
+    """Compress fine-tunes of a base model into deltas.
 
     Example: deltaserve compress ./llama ./llama-sql -o ./sql-delta
 
-    Without options, linear layers are rounded to 2 bits, embeddings are stored as their
-    changed rows or in 4 bits, norms and biases as they are, a LoRA adapter exactly; what
-    did not change costs nothing. This reads a few tensors at a time.
+    Every changed matrix gets the codec and bits that its effect on the output asks for,
+    measured on text; the result is compared with the fine-tune on text that was held out, and
+    made larger if it diverges. Exit code 1 if it still does. Models are read layer by layer; a
+    run that was killed is taken up where it stopped by the same command. A LoRA adapter is
+    stored exactly.
 
-    With --preset, --target-ratio or --max-kl every linear layer gets the bits that its
-    effect on the model asks for, measured on text; the result is compared with the
-    fine-tune on text that was held out, and made larger if it diverges. Exit code 1 if it
-    still does. This runs the fine-tune, and holds two models in memory for the comparison.
+    Of your own choice with --codec and its settings, calibrated with --calibrate. With --plain
+    linear layers are rounded to 2 bits and nothing is measured.
 
     Then: deltaserve serve ./llama --delta sql=./sql-delta
     """
-    from deltaserve.cli.tables import print_candidates, print_summary
-    from deltaserve.compress.choose import Chosen, compress_to
     from deltaserve.compress.goal import Goal
-    from deltaserve.compress.plan import load_rules, make_plan
-    from deltaserve.compress.run import compress
+    from deltaserve.compress.textsource import TextOptions
+
+    settings = {"bits": bits, "group_size": group_size, "planes": planes, "rank": rank,
+                "keep": keep, "symmetric": False if asymmetric else None,
+                "scale_axis": scale_axis, "clip": clip}  # fmt: skip
+    hand = _Hand(codec, _given(settings), embedding_codec, _given({"bits": embedding_bits}),
+                 config, act_order, calibrate)  # fmt: skip
+    wanted = any(each is not None for each in (preset, target_ratio, max_kl))
+    _check(wanted, hand, plain=plain, explain=explain)
+    towards_goal = wanted or not (hand or plain)
+    request = _request(
+        Goal(preset, target_ratio, max_kl) if towards_goal else None,
+        hand.plan() if hand else None,
+        TextOptions(data, samples, seq_len, seed),
+        measured=towards_goal or calibrate or (data is not None and not plain),
+        device=device,
+        distil=distil or 0,
+    )
+    return _compress(base, _targets(model, out), request, explain=explain)
+
+
+@dataclass(frozen=True)
+class _Hand:
+    """What the user chose; false if nothing."""
+
+    codec: str | None
+    linear: dict[str, Any]
+    embedding_codec: str | None
+    vocabulary: dict[str, Any]
+    config: Path | None
+    act_order: bool | None
+    calibrate: bool
+
+    def __bool__(self) -> bool:
+        return self.calibrate or self.chosen
+
+    @property
+    def chosen(self) -> bool:
+        return bool(
+            self.codec or self.linear or self.embedding_codec or self.vocabulary or self.config
+        )
+
+    def plan(self) -> Plan:
+        from deltaserve.compress.gptq import Solver
+        from deltaserve.compress.plan import load_rules, make_plan
+        from deltaserve.errors import ConfigError
+
+        if self.act_order is not None and not self.calibrate:
+            raise ConfigError("--act-order is about calibration: add --calibrate")
+        rules = load_rules(self.config) if self.config else ()
+        solver = Solver(order=self.act_order is not False)
+        return make_plan(
+            self.codec, self.linear, self.embedding_codec, self.vocabulary, rules, solver
+        )
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _check(wanted: bool, hand: _Hand, *, plain: bool, explain: bool) -> None:
+    """Raises ConfigError for options that exclude each other."""
+    from deltaserve.errors import ConfigError
+
+    if plain and hand:
+        raise ConfigError("--plain takes no codec and no calibration; drop it, or those")
+    if wanted and (hand or plain):
+        raise ConfigError(
+            "--preset, --target-ratio and --max-kl choose the codecs themselves; "
+            "drop them, or --plain, --calibrate, --codec and its settings"
+        )
+    if explain and (hand or plain):
+        raise ConfigError(
+            "--explain shows how --preset, --target-ratio or --max-kl choose; drop it, or --plain, "
+            "--calibrate, --codec and its settings"
+        )
+    if hand.act_order is not None and not hand:
+        raise ConfigError("--act-order is about calibration: add --calibrate")
+
+
+def _request(
+    goal: Goal | None, plan: Plan | None, text: TextOptions, *, measured: bool, device: str,
+    distil: int,
+) -> Request:  # fmt: skip
+    """Options that need calibration are refused without it, not ignored."""
+    from deltaserve.compress.choose import Request
     from deltaserve.compress.textsource import TextOptions
     from deltaserve.errors import ConfigError
 
-    settings = {
-        "bits": bits,
-        "group_size": group_size,
-        "planes": planes,
-        "rank": rank,
-        "symmetric": False if asymmetric else None,
-        "scale_axis": scale_axis,
-        "clip": clip,
-    }
-    linear: dict[str, Any] = {key: value for key, value in settings.items() if value is not None}
-    vocabulary = {} if embedding_bits is None else {"bits": embedding_bits}
-    by_hand = bool(codec or linear or embedding_codec or vocabulary or config or calibrate)
-    goal, options = Goal(preset, target_ratio, max_kl), TextOptions(data, samples, seq_len, seed)
-    towards_goal = goal != Goal()
-    if explain and not towards_goal:
+    if distil < 0:
+        raise ConfigError(f"--distil must be 1 or more steps, not {distil}")
+    if goal is not None and goal.lossless:
+        measured = False
+    if not measured and (text != TextOptions() or device != "cpu" or distil):
         raise ConfigError(
-            "--explain shows how --preset, --target-ratio or --max-kl choose: add one"
+            "--data, --samples, --seq-len, --seed, --device and --distil are for calibration: add "
+            "--calibrate, --preset (not lossless), --target-ratio or --max-kl"
         )
-    if by_hand and towards_goal:
+    return Request(plan, goal, text if measured else None, device, distil)
+
+
+def _targets(models: list[str], out: Path) -> list[Target]:
+    """One model goes to ``out`` itself, several to folders of their names in it."""
+    from deltaserve.compress.run import Target
+    from deltaserve.errors import ConfigError
+
+    if len(models) == 1:
+        return [Target(models[0], out)]
+    names = [Path(model).name for model in models]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
         raise ConfigError(
-            "--preset, --target-ratio and --max-kl choose the codecs themselves; "
-            "drop them, or --codec and its settings"
+            f"two models are called {twice[0]}, and their deltas would be; compress one at a time"
         )
-    measured = towards_goal or calibrate or data is not None
-    if not measured and (options != TextOptions() or device != "cpu"):
-        raise ConfigError(
-            "--samples, --seq-len, --seed and --device are for calibration: add --calibrate, "
-            "--preset, --target-ratio or --max-kl"
-        )
+    return [Target(model, out / name) for model, name in zip(models, names, strict=True)]
+
+
+def _compress(base: str, targets: list[Target], request: Request, *, explain: bool) -> int:
+    from deltaserve.cli.tables import print_candidates, print_summary
+    from deltaserve.compress.run import compress_many
+
     with stop_on_sigterm(), progress_bar() as progress:
-        if towards_goal:
-            chosen = compress_to(base, model, out, goal, options, device, progress)
-        else:
-            rules = load_rules(config) if config else ()
-            # None where nothing was asked for: an adapter takes no plan.
-            plan = make_plan(codec, linear, embedding_codec, vocabulary, rules) if by_hand else None
-            text = options if calibrate or data else None
-            chosen = Chosen(
-                compress(base, model, out, plan, progress, calibration=text, device=device)
-            )
-    if explain and chosen.table is not None:
-        print_candidates(chosen)
-    print_summary(chosen, out)
-    quality = chosen.manifest.quality
-    return 0 if quality is None or quality.passed else MISSED
+        found = compress_many(base, targets, request, progress)
+    for chosen, target in zip(found, targets, strict=True):
+        if explain and chosen.table is not None:
+            print_candidates(chosen)
+        print_summary(chosen, Path(target.out))
+    reports = [chosen.manifest.quality for chosen in found]
+    return 0 if all(quality is None or quality.passed for quality in reports) else MISSED

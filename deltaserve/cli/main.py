@@ -20,6 +20,7 @@ SUMMARY = "Serve many fine-tunes of one base model together, each as a small com
 COMMANDS = {
     "demo": "Train a small family of models, compress, serve and check them: start here.",
     "select": "Choose the best samples of a pool to tune on.",
+    "pipeline": "Input pipelines for training: show a plan, run it, see what limits it.",
     "compress": "Compress a fine-tune (or a PEFT LoRA adapter) of a base model into a delta.",
     "verify": "Compare base + delta with the fine-tune: divergence, agreement, perplexity.",
     "diff": "Show what a fine-tune changed: unchanged values, norms, effective ranks.",

@@ -15,15 +15,21 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+# Phases of ``compress`` and ``verify`` that count layers or steps.
+COUNTED = ("read", "measure", "compress", "compare", "distil")
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a callback (what is being done, bytes done, bytes in all)."""
-    with _bar(DownloadColumn(binary_units=True)) as report:
+    """Yields a callback (what is being done, bytes done, bytes in all; layers or steps for the
+    phases that count those)."""
+    with _bar(_Amount()) as report:
         yield report
 
 
@@ -32,6 +38,19 @@ def count_bar() -> Iterator[Callable[[str, int, int], None]]:
     """Yields a callback (what is being done, how many done, how many in all; 0: unknown)."""
     with _bar(MofNCompleteColumn()) as report:
         yield report
+
+
+class _Amount(ProgressColumn):
+    """Bytes, or layers and steps. Of several models at once a phase has the model's name before
+    it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes, self._count = DownloadColumn(binary_units=True), MofNCompleteColumn()
+
+    def render(self, task: Task) -> Text:
+        counted = task.description.rpartition(": ")[2] in COUNTED
+        return (self._count if counted else self._bytes).render(task)
 
 
 @contextmanager

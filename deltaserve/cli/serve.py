@@ -79,6 +79,30 @@ DeltaRoots = Annotated[
         "--delta-root", metavar="DIR", help="Deltas may be loaded from here at run time. Repeat it."
     ),
 ]
+DeltaUrls = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--delta-url",
+        metavar="URL",
+        help="Deltas may be fetched at run time from addresses that begin so: s3://, gs://, az://, "
+        "https:// or http://. Repeat it.",
+    ),
+]
+MaxDelta = Annotated[
+    int | None,
+    typer.Option(
+        help="Bytes of the largest delta that is fetched. "
+        f"(default: {ServerConfig.max_delta_bytes})"
+    ),
+]
+LogFormat = Annotated[
+    str | None,
+    typer.Option(help=f"Lines for people (text) or json. (default: {ServerConfig.log_format})"),
+]
+OtlpEndpoint = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Send traces of requests here, by OTLP over HTTP."),
+]
 RequestTimeout = Annotated[
     float | None,
     typer.Option(
@@ -168,6 +192,23 @@ Deterministic = Annotated[
     ),
 ]
 
+GpuShare = Annotated[
+    float | None,
+    typer.Option(
+        "--gpu-memory-utilization",
+        help="Share of a GPU's memory that may be used. "
+        f"(default: {EngineConfig.gpu_memory_utilization})",
+    ),
+]
+EnforceEager = Annotated[
+    bool | None,
+    typer.Option(
+        "--enforce-eager/--no-enforce-eager",
+        help="On a GPU, do without CUDA graphs: slower, but starts sooner and takes less memory. "
+        "(default: off)",
+        show_default=False,
+    ),
+]
 Policy = Annotated[
     str | None,
     typer.Option(help=f"fcfs, priority or vtc. (default: {EngineConfig.scheduling_policy})"),
@@ -214,6 +255,10 @@ def run(
     tenants: Tenants = None,
     state_dir: StateDir = None,
     delta_root: DeltaRoots = None,
+    delta_url: DeltaUrls = None,
+    max_delta_bytes: MaxDelta = None,
+    log_format: LogFormat = None,
+    otlp_traces_endpoint: OtlpEndpoint = None,
     engine_process: EngineProcess = None,
     engine_hang_s: EngineHang = None,
     drain_timeout_s: DrainTimeout = None,
@@ -228,6 +273,7 @@ def run(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     block_size: BlockSize = None,
     kv_cache_memory_bytes: KvBytes = None,
+    gpu_memory_utilization: GpuShare = None,
     enable_prefix_caching: PrefixCaching = None,
     delta_memory_bytes: DeltaBytes = None,
     host_memory_bytes: HostBytes = None,
@@ -240,12 +286,17 @@ def run(
     max_wait_s: MaxWait = None,
     share_prefixes_between_tenants: SharePrefixes = None,
     deterministic: Deterministic = None,
+    enforce_eager: EnforceEager = None,
 ) -> None:
     """Serve a base model and its deltas behind an OpenAI-compatible endpoint."""
     flags = dict(locals())
-    for name in ("delta", "delta_root", "config"):
+    for name in ("delta", "delta_root", "delta_url", "config"):
         del flags[name]
-    lists = {"deltas": parse_deltas(delta or ()), "delta_roots": delta_root or None}
+    lists = {
+        "deltas": parse_deltas(delta or ()),
+        "delta_roots": delta_root or None,
+        "delta_urls": delta_url or None,
+    }
     settings = load_config(flags | lists, config)
 
     from deltaserve.server.lifecycle import serve  # torch: only once the options are right

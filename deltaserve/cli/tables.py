@@ -27,6 +27,8 @@ def print_summary(chosen: Chosen, out: Path) -> None:
         console.print(chosen.note, soft_wrap=True)
     if manifest.quality is not None:
         console.print(f"{verdict(manifest.quality)}, on held-out text")
+    elif not chosen.exact:
+        console.print("not compared with the fine-tune: deltaserve verify does that")
     console.print(f"wrote {out}", soft_wrap=True, highlight=False, markup=False)
 
 
@@ -35,7 +37,7 @@ def print_candidates(chosen: Chosen) -> None:
     table = Table(title="candidates", title_justify="left")
     table.add_column("parameter", overflow="fold")
     table.add_column("candidate")
-    for column in ("in memory", "error at layer"):
+    for column in ("in memory", "nats per token"):
         table.add_column(column, justify="right")
     table.add_column("chosen")
     assert chosen.table is not None
@@ -167,6 +169,12 @@ def _quality(quality: Quality) -> Table:
         (f"first difference, median of {quality.continued}", places),
     ):
         table.add_row(label, value)
+    if quality.tasks is not None:
+        for label, score in (
+            ("fine-tune", quality.tasks_fine_tune),
+            ("base + delta", quality.tasks_delta),
+        ):
+            table.add_row(f"exact matches of the {label}, {quality.tasks}", f"{score:.1%}")
     return table
 
 

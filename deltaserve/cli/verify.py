@@ -31,6 +31,14 @@ def run(
     min_agreement: Annotated[
         float | None, typer.Option(help="Fail below this share of equal top tokens, 0 to 1.")
     ] = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of messages that end with the only right answer: exact matches."),
+    ] = None,
+    min_tasks: Annotated[
+        float | None,
+        typer.Option(help="Fail below this share of the fine-tune's exact matches, 0 to 1."),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Sequences to compare on.")] = 64,
     seq_len: Annotated[
         int | None, typer.Option(help="Longest sequence in tokens; longer ones are cut.")
@@ -55,7 +63,7 @@ def run(
     from deltaserve.compress.verify import Thresholds, verify
 
     options = TextOptions(data, samples, seq_len, seed)
-    thresholds = Thresholds(max_kl, min_agreement)
+    thresholds = Thresholds(max_kl, min_agreement, min_tasks)
     with progress_bar() as progress:
         quality = verify(
             base,
@@ -65,6 +73,7 @@ def run(
             thresholds,
             prompts=prompts,
             continued=continued,
+            tasks=tasks,
             device=device,
             progress=progress,
         )

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,18 +87,31 @@ def server_process(arguments: Sequence[str], log: Path) -> Iterator[Server]:
     """
     # A key of the user's own would be asked of the demo, and of who tries its examples.
     environment = {k: v for k, v in os.environ.items() if k != "DELTASERVE_API_KEY"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "deltaserve", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
+    made: list[subprocess.Popen[bytes]] = []
+
+    def make() -> None:
+        with log.open("wb") as output:
+            made.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "deltaserve", *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                )
+            )
+
+    # In a thread: Ctrl-C in the midst of Popen would leave a process that nobody knows of.
+    maker = threading.Thread(target=make)
     try:
-        yield Server(process, log)
+        maker.start()
+        maker.join()
+        yield Server(made[0], log)
     finally:
-        stop(process)
+        if maker.is_alive():
+            maker.join()
+        for process in made:
+            stop(process)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

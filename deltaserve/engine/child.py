@@ -25,6 +25,7 @@ from deltaserve.engine.messages import (
 )
 from deltaserve.engine.wire import decode, encode
 from deltaserve.errors import DeltaServeError
+from deltaserve.logs import set_up_logs
 
 SPARE_NAME, NAME = b"deltaserve-idle", b"deltaserve-eng"  # the kernel keeps 15 bytes
 FAREWELL_MILLISECONDS = 2000
@@ -86,9 +87,7 @@ def _serve(link: Link) -> int:
     (start,) = link.receive(None)
     assert isinstance(start, Start)
     _prctl(PR_SET_NAME, NAME)
-    logging.basicConfig(
-        level=start.log_level, format="%(asctime)s engine: %(message)s", datefmt="%H:%M:%S"
-    )
+    set_up_logs(start.log_level, as_json=start.json_logs, who="engine: ")
     link.send(Loading())
     try:
         engine = Engine(start.config)

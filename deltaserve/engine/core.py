@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.digest import checkpoint_digest
 from deltaserve.config import EngineConfig, check_names
 from deltaserve.engine.admission import ByteBudget
+from deltaserve.engine.arena import reserve
 from deltaserve.engine.checks import check_request
 from deltaserve.engine.deterministic import DeterministicRunner
 from deltaserve.engine.fairness import make_policy
@@ -22,8 +24,8 @@ from deltaserve.engine.gate import QueueGate
 from deltaserve.engine.grammar import AllowedTokens, Preparing, Vocabulary
 from deltaserve.engine.info import base_version, model_infos, residency_stats
 from deltaserve.engine.kv import BlockPool, Key, root_key
-from deltaserve.engine.loader import Loader, Reader
-from deltaserve.engine.memory import free_memory, plan_deltas, plan_kv
+from deltaserve.engine.loader import Loader, Reader, delta_sizes
+from deltaserve.engine.memory import out_of_memory, plan_memory, relieve
 from deltaserve.engine.model import KVCache, load_base, make_delta_aware
 from deltaserve.engine.observe import StepCounters, copy_table
 from deltaserve.engine.operands import OperandMaker
@@ -31,8 +33,8 @@ from deltaserve.engine.parts import Parts
 from deltaserve.engine.probe import Prober
 from deltaserve.engine.residency import Residency
 from deltaserve.engine.routing import BASE_SLOT, StepContext
-from deltaserve.engine.runner import Runner
-from deltaserve.engine.scheduler import Scheduler
+from deltaserve.engine.runner import Runner, capture_decoding
+from deltaserve.engine.scheduler import Scheduler, StepPlan
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.types import EngineRequest, EngineStats, FinishReason, ModelInfo, TokenEvent
 from deltaserve.engine.versions import DeltaVersion
@@ -43,6 +45,7 @@ from deltaserve.errors import (
     QueueFullError,
     RequestError,
 )
+from deltaserve.kernels.attention.batch import span_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,9 @@ LOAD_WAIT_S = 0.005
 class Engine:
     """Synchronous and single-threaded: ``add``, then ``step`` until done."""
 
+    clock: Callable[[], float] = staticmethod(time.monotonic)
+    """Seconds; a simulation has its own."""
+
     def __init__(self, config: EngineConfig) -> None:
         """Load base and deltas. Raises DeltaServeError for whatever the user must mend."""
         self.config = config
@@ -62,37 +68,47 @@ class Engine:
         device, dtype = _device(config), _dtype(config, base)
         digest = checkpoint_digest(base)
         model = load_base(base, dtype, device)
-        free = free_memory(device)
-        num_blocks, self.max_model_len = plan_kv(config, model_config, dtype, device)
+        memory = plan_memory(config, model_config, dtype, device, delta_sizes(config))
+        self.max_model_len = memory.max_model_len
         step = StepContext()
         modules = make_delta_aware(model, base.architecture, step)
-        # One slot more than the blocks have: deterministic mode writes its padding there.
-        num_slots = num_blocks * config.block_size + config.deterministic
+        # One block more: steps of a fixed shape write their padding there.
+        num_slots = (memory.num_blocks + 1) * config.block_size
         kv = KVCache(model_config, num_slots, dtype, device)
         self.base = base
         vocab_size = model_config.vocab_size
+        arena = reserve(memory.limits.device_bytes, device)
         self.residency = Residency(
             Parts(
                 Reader(digest),
-                OperandMaker(base, modules, vocab_size=vocab_size, dtype=dtype, device=device),
+                OperandMaker(base, modules, vocab_size, dtype, device, arena),
                 Prober(),
                 Loader(config.load_timeout_s),
                 base_version(config.served_model_name, base, digest, vocab_size),
             ),
-            plan_deltas(config, device, free),
+            memory.limits,
         )
         runner = DeterministicRunner if config.deterministic else Runner
-        self.runner = runner(model, step, kv, block_size=config.block_size, device=device)
+        self.runner = runner(
+            model,
+            step,
+            kv,
+            block_size=config.block_size,
+            device=device,
+            span=span_of(self.max_model_len),
+        )
         budget = ByteBudget(
             config.slo_tpot_ms,
             base_bytes=base.num_bytes,
             kv_bytes_per_token=KVCache.bytes_per_token(model_config, dtype),
         )
-        self.scheduler = self._make_scheduler(num_blocks, budget)
+        self.scheduler = self._make_scheduler(memory.num_blocks, budget)
         self.preparing = Preparing()
         self.counters = StepCounters()
         self._refused: list[TokenEvent] = []
         self._load_deltas()
+        if device == "cuda" and not (config.enforce_eager or config.deterministic):
+            capture_decoding(self.runner, model_config, config.max_num_seqs, self.max_model_len)
 
     def models(self) -> list[ModelInfo]:
         """The base first, then its deltas."""
@@ -183,22 +199,52 @@ class Engine:
         and an event of several tokens exist already.
         """
         events = self._advance_loads() + self._take_prepared()
-        started = time.perf_counter()
+        started = self.clock()
         plan = self.scheduler.plan()
         if plan.rows:
-            planned = time.perf_counter()
-            sampled = self.runner.execute(plan, self.residency.device.vocab_sizes)
-            executed = time.perf_counter()
-            self.scheduler.observe(plan, executed - planned)
-            events += self.scheduler.commit(plan, sampled)
-            committed = time.perf_counter()
-            self.counters.count(plan, planned - started, executed - planned, committed - executed)
-            self.residency.count_rows(plan.rows_of_slot)
+            events += self._compute(plan, started)
         elif not events:
             self.preparing.wait()
             self.residency.wait(LOAD_WAIT_S)
         self._end(events)
         return events
+
+    def _compute(self, plan: StepPlan, started: float) -> list[TokenEvent]:
+        """Execute and commit what was planned."""
+        planned = self.clock()
+        try:
+            sampled = self.runner.execute(plan, self.residency.device.vocab_sizes)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return self._shed(plan, error)
+        executed = self.clock()
+        self.scheduler.observe(plan, executed - planned)
+        events = self.scheduler.commit(plan, sampled)
+        committed = self.clock()
+        self.counters.count(plan, planned - started, executed - planned, committed - executed)
+        self.residency.count_rows(plan.rows_of_slot)
+        return events
+
+    def _shed(self, plan: StepPlan, error: Exception) -> list[TokenEvent]:
+        """The step found no memory: end the request that asked most of it, the youngest of equals.
+        Nothing was committed, so the others are computed again without it."""
+        row = max(plan.rows, key=lambda row: (row.num_new, row.seq.number))
+        logger.error(
+            "a step of %d tokens ran out of memory, %s is ended: %s",
+            plan.num_tokens,
+            row.seq.request.request_id,
+            error,
+        )
+        relieve(self.runner.device)
+        event = self.scheduler.abort(
+            row.seq.request.request_id,
+            FinishReason.ERROR,
+            f"out of memory: of the step's {plan.num_tokens} tokens {row.num_new} were this "
+            "request's, the most of all; send less at once, or have max_num_batched_tokens, "
+            "kv_cache_memory_bytes or delta_memory_bytes lowered",
+        )
+        return [] if event is None else [event]
 
     def close(self) -> None:
         """Stop the threads that load deltas; what they read at the moment is dropped."""
@@ -215,6 +261,7 @@ class Engine:
             steps=counters.steps,
             mixed_steps=counters.mixed_steps,
             max_models_in_step=counters.max_models_in_step,
+            delta_segments=counters.delta_segments,
             prompt_tokens=scheduler.usage.total.prompt_tokens,
             cached_tokens=scheduler.usage.total.cached_tokens,
             generation_tokens=scheduler.usage.total.generation_tokens,
@@ -247,6 +294,7 @@ class Engine:
             byte_budget=byte_budget,
             gate=QueueGate(config.max_queued_requests, config.max_queued_tokens),
             max_wait_s=config.max_wait_s,
+            clock=self.clock,
         )
 
     def _load_deltas(self) -> None:

@@ -21,14 +21,14 @@ from deltaserve.engine.runner import Runner, StepInput
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.types import TokenLogprobs
 from deltaserve.errors import ConfigError
-from deltaserve.kernels.attention import TokenTile
+from deltaserve.kernels.attention import PagedBatch, TokenTile
 from deltaserve.kernels.attention.tiles import KEYS
 
 TILE = 16
 
 
 class DeterministicRunner(Runner):
-    """A Runner that computes in tiles. The KV cache must have a slot more than its blocks hold,
+    """A Runner that computes in tiles. The KV cache must end with a block that no sequence has,
     into which padding is written."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -39,8 +39,9 @@ class DeterministicRunner(Runner):
 
     def forward(self, inputs: StepInput) -> torch.Tensor:
         """The last layer's states of all tokens [T, D]."""
+        assert inputs.batch is not None
         slots = inputs.routing.slot_T.tolist()
-        context_TL = self._contexts(inputs)
+        context_TL = self._contexts(inputs.batch)
         parts = [
             self._tile(
                 slot,
@@ -92,8 +93,9 @@ class DeterministicRunner(Runner):
             F.pad(positions, (0, missing)),
             F.pad(context, (0, 0, 0, missing), value=self._padding_slot),
         )
-        ids = F.pad(ids, (0, missing))
-        return self._decode(ids, tile.positions_T, tile, self._routing(slot))[:count]
+        self.step.routing = routing = self._routing(slot)
+        embeds_TD = self.embed(F.pad(ids, (0, missing))[None])[0]
+        return self.decode(embeds_TD, tile.positions_T, tile, routing)[:count]
 
     def _head_tile(self, hidden_TD: torch.Tensor, slot: int) -> torch.Tensor:
         self.step.routing = self._routing(slot)
@@ -106,9 +108,8 @@ class DeterministicRunner(Runner):
         slot_T = torch.full((TILE,), slot, device=self.device)
         return Routing(tokens=segments, logits=segments, slot_T=slot_T)
 
-    def _contexts(self, inputs: StepInput) -> torch.Tensor:
+    def _contexts(self, batch: PagedBatch) -> torch.Tensor:
         """[T, L]: the slots of each token's context."""
-        batch = inputs.batch
         starts = torch.tensor(batch.query_starts, device=self.device)
         offsets = torch.arange(batch.block_size, device=self.device)
         slots_RL = (batch.block_table_RB[:, :, None] * batch.block_size + offsets).flatten(1)

@@ -44,10 +44,20 @@ def context_limit(config: Any) -> int:
     """
     limit = int(config.max_position_embeddings)
     for rope in _rope_settings(config):
-        kind = rope.get("rope_type", "default")
-        if kind == "longrope" or "dynamic" in kind:
+        if _looks_at_positions(rope):
             limit = min(limit, int(rope.get("original_max_position_embeddings", limit)))
     return limit
+
+
+def rotary_waits(config: Any) -> bool:
+    """Whether a forward reads positions back from the device to choose rotary frequencies, which
+    no captured step can."""
+    return any(map(_looks_at_positions, _rope_settings(config)))
+
+
+def _looks_at_positions(rope: dict[str, Any]) -> bool:
+    kind = rope.get("rope_type", "default")
+    return kind == "longrope" or "dynamic" in kind
 
 
 def _rope_settings(config: Any) -> list[dict[str, Any]]:

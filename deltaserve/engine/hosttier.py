@@ -1,12 +1,13 @@
-"""Deltas in host memory: the bytes of the artifact, so that a load needs no disk.
+"""Deltas in host memory, so that a load needs no disk: the artifact's bytes, or operands as the
+device has them.
 
-On a CPU the operands of packed codecs *are* these bytes; while they are attached, only the rest
-counts here.
+On a CPU the operands of packed codecs *are* the artifact's bytes; while they are attached, only the
+rest counts here.
 """
 
 from __future__ import annotations
 
-from deltaserve.artifact.reader import Delta
+from deltaserve.engine.operands import Image
 from deltaserve.engine.versions import DeltaVersion
 
 
@@ -29,7 +30,11 @@ class HostTier:
         if version.image is None:
             self.drop(version)
 
-    def keep(self, version: DeltaVersion, image: Delta) -> None:
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether an image would stay without others giving way."""
+        return self.used_bytes + num_bytes <= self.limit_bytes
+
+    def keep(self, version: DeltaVersion, image: Image) -> None:
         """Keep what was read, if it is worth the room."""
         version.image = image
         self.settle(version)

@@ -16,13 +16,13 @@ from torch import nn
 
 from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.artifact.manifest import TensorEntry
-from deltaserve.engine.pieces import Piece, Pieces, join
+from deltaserve.engine.delta_layer import DeltaLayer
+from deltaserve.engine.pieces import Piece, Pieces, for_kernels, join
 from deltaserve.engine.routing import Segment, StepContext
-from deltaserve.kernels.delta_embedding import delta_embedding
+from deltaserve.engine.slot_table import SlotTable
+from deltaserve.kernels.delta_embedding import GroupedEmbeddings, delta_embedding
 from deltaserve.kernels.delta_matmul import GroupedDeltas, LaidOut, RowChunks, delta_matmul
 
-TABLE_STEP = 16
-"""Rows that the tables of norms grow by."""
 MERGED = "merged"
 """What ``attach`` calls a whole weight, base + delta, kept beside the packed one."""
 MERGED_ROWS = 16
@@ -32,20 +32,24 @@ cores, all of a 30 M model's layers: 2.9 ms merged against 1.3 + 0.4 at 8 rows, 
 2.4 + 0.9 at 16, 4.3 against 4.6 + 1.5 at 32, 19 against 35 + 15 at 256."""
 
 
-class DeltaLinear(nn.Module):
+class DeltaLinear(DeltaLayer):
     """A projection, or several of one input side by side; weight and bias may change.
 
     name: its path in the model, for messages. grouped: the weights that a kernel applies for
-    all deltas at once; the others are in ``weights``. merged: whole weights, for segments of
+    all deltas at once (``laid_out``), and shifts the biases less the base's; the others are in
+    ``weights`` and ``biases``. merged: whole weights, for segments of
     many rows. replaced: slots whose own weights replace all of the base's outputs.
     """
 
     def __init__(self, inner: nn.Linear, step: StepContext, name: str) -> None:
-        super().__init__()
+        super().__init__(step)
         self.inner = inner
-        self.step = step
-        self.grouped = GroupedDeltas(f"{name}.weight", inner.weight, inner.bias is not None)
-        self.laid_out: dict[int, LaidOut] = {}
+        self.quantised = type(inner) is not nn.Linear
+        self.grouped = GroupedDeltas(f"{name}.weight", like(inner), inner.bias is not None)
+        self.laid_out: dict[int, tuple[Piece, ...]] = {}
+        self.shifts: SlotTable | None = None
+        if inner.bias is not None:
+            self.shifts = SlotTable(torch.zeros_like(inner.bias))
         self.weights: dict[int, Pieces] = {}
         self.merged: dict[int, torch.Tensor] = {}
         self.biases: dict[int, torch.Tensor] = {}
@@ -59,17 +63,17 @@ class DeltaLinear(nn.Module):
         if parameter == MERGED:
             return (self._whole(pieces),)
         if self.grouped.serves_layer():
-            return tuple(Piece(p.start, self.grouped.prepare(p.enc) or p.enc) for p in pieces)
-        return join(pieces, self.inner.weight.dtype) if self.joins_inputs() else pieces
+            return for_kernels(pieces, self.grouped)
+        return join(pieces, self.grouped.base_NK.dtype) if self.packs_on_cpu() else pieces
 
-    def joins_inputs(self) -> bool:
-        """Whether several projections of one input are better computed as one."""
-        return self.inner.weight.device.type == "cpu" and not self.grouped.serves_layer()
+    def packs_on_cpu(self) -> bool:
+        """Whether operands are laid out for the CPU's own operators."""
+        return self.grouped.base_NK.device.type == "cpu" and not self.grouped.serves_layer()
 
     def merged_bytes(self, entries: Sequence[TensorEntry]) -> int:
         """Size of the whole weight of a fine-tune that changes ``entries`` of it."""
-        rows = max(len(self.inner.weight), *(entry.shape[0] for entry in entries))
-        return rows * self.inner.weight.shape[1] * self.inner.weight.itemsize
+        rows = max(self.num_base_outputs, *(entry.shape[0] for entry in entries))
+        return rows * self.inner.in_features * self.inner.weight.itemsize
 
     def _whole(self, values: Pieces) -> Piece:
         """The fine-tune's weight [N, K], from the values of what it changes."""
@@ -84,35 +88,65 @@ class DeltaLinear(nn.Module):
 
     def attach(self, slot: int, parameter: str, pieces: Pieces) -> None:
         if parameter == "bias":
-            own_N = self.biases[slot] = self.inner.bias.clone()
-            for piece in pieces:
-                own_N[piece.outputs] = piece.values
+            self._attach_bias(slot, pieces)
         elif parameter == MERGED:
             self.merged[slot] = pieces[0].values
             self.grouped.detach(slot)
+            self._leave_graphs(slot)
         else:
             self._attach_weight(slot, pieces)
 
+    def _attach_bias(self, slot: int, pieces: Pieces) -> None:
+        own_N = self.inner.bias.clone()
+        for piece in pieces:
+            own_N[piece.outputs] = piece.values
+        if self.grouped.serves_layer() and self.shifts is not None:
+            self.step.changes += self.shifts.put(slot, own_N - self.inner.bias)
+        else:
+            self.biases[slot] = own_N
+            self._leave_graphs(slot)
+
     def _attach_weight(self, slot: int, pieces: Pieces) -> None:
         self.num_outputs[slot] = max(piece.outputs.stop for piece in pieces)
-        if isinstance(pieces[0].operand, LaidOut):
-            self.laid_out[slot] = pieces[0].operand
-            self.grouped.put(slot, self.laid_out[slot])
-            return
-        self.weights[slot] = pieces
-        raw = sum(piece.enc.shape[0] for piece in pieces if piece.enc.codec == "raw")
-        if raw >= len(self.inner.weight):
+        laid_out = tuple(p for p in pieces if isinstance(p.operand, LaidOut))
+        if laid_out:
+            self.laid_out[slot] = laid_out
+            self._put(slot)
+        others = tuple(p for p in pieces if not isinstance(p.operand, LaidOut))
+        if others:
+            self.weights[slot] = others
+            self._leave_graphs(slot)
+        raw = sum(piece.enc.shape[0] for piece in others if piece.enc.codec == "raw")
+        if raw >= self.num_base_outputs:
             self.replaced.add(slot)
+
+    def _put(self, slot: int) -> None:
+        before = self.grouped.changes
+        for piece in self.laid_out[slot]:
+            assert isinstance(piece.operand, LaidOut)
+            self.grouped.put(slot, piece.operand, piece.start)
+        self.step.changes += self.grouped.changes - before
+
+    def _leave_graphs(self, slot: int) -> None:
+        """Rows of this slot are computed by its own calls, which a captured step does not hold."""
+        self.step.eager.add(slot)
 
     def detach_merged(self, slot: int) -> None:
         if self.merged.pop(slot, None) is not None and slot in self.laid_out:
-            self.grouped.put(slot, self.laid_out[slot])
+            self._put(slot)
 
     def detach(self, slot: int) -> None:
         self.grouped.detach(slot)
         for held in (self.laid_out, self.weights, self.merged, self.biases, self.num_outputs):
             held.pop(slot, None)
+        if self.shifts is not None:
+            self.shifts.drop(slot)
         self.replaced.discard(slot)
+        self.step.eager.discard(slot)
+        self.forget_arrival(slot)
+
+    def reads_at_attach(self, parameter: str) -> bool:
+        return parameter == "bias"
 
     def segments(self) -> Iterable[Segment]:
         return self.step.routing.tokens
@@ -122,26 +156,39 @@ class DeltaLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., T, K] -> [..., T, N]; the leading dimensions are 1."""
-        return self.compute(x, self.inner.weight.shape[0])
+        return self.compute(x, self.num_base_outputs)
 
     def compute(self, x: torch.Tensor, width: int) -> torch.Tensor:
         """The base where it is needed, then each delta -> [..., T, width >= N]."""
+        self.await_operands()
         x_TK = x.view(-1, x.shape[-1])
         spans = self.base_spans(len(x_TK))
-        num_outputs = self.inner.weight.shape[0]
+        num_outputs = self.num_base_outputs
         if spans == [(0, len(x_TK))] and width == num_outputs:
-            y_TN = F.linear(x_TK, self.inner.weight, self.inner.bias)
+            y_TN = self.base(x_TK)
         else:
             y_TN = x_TK.new_zeros(len(x_TK), width)
             for start, end in spans:
-                part = F.linear(x_TK[start:end], self.inner.weight, self.inner.bias)
-                y_TN[start:end, :num_outputs] = part
+                y_TN[start:end, :num_outputs] = self.base(x_TK[start:end])
         self.correct(x_TK, y_TN)
         return y_TN.view(*x.shape[:-1], width)
+
+    @property
+    def num_base_outputs(self) -> int:
+        return self.inner.out_features
+
+    def base(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """The base's output [T, N]."""
+        if self.quantised:
+            y_TN: torch.Tensor = self.inner(x_TK)
+            return y_TN
+        return F.linear(x_TK, self.inner.weight, self.inner.bias)
 
     def base_spans(self, num_rows: int) -> list[tuple[int, int]]:
         """Runs of rows that need the base's output: all but those with a whole weight of their
         own, for which it would be overwritten."""
+        if not self.replaced and not self.merged:
+            return [(0, num_rows)]
         spans, begin = [], 0
         for segment in self.segments():
             if segment.slot in self.replaced or self._runs_merged(segment):
@@ -156,13 +203,16 @@ class DeltaLinear(nn.Module):
         return slot in self.merged and (rows >= MERGED_ROWS or slot in self.laid_out)
 
     def correct(self, x_TK: torch.Tensor, y_TN: torch.Tensor) -> None:
-        for segment in self.segments():
-            slot = segment.slot
-            if slot in self.weights or slot in self.biases or slot in self.merged:
-                rows = slice(segment.start, segment.end)
-                self._correct_rows(segment, x_TK[rows], y_TN[rows])
-        if self.grouped:
+        if self.weights or self.biases or self.merged:
+            for segment in self.segments():
+                slot = segment.slot
+                if slot in self.weights or slot in self.biases or slot in self.merged:
+                    rows = slice(segment.start, segment.end)
+                    self._correct_rows(segment, x_TK[rows], y_TN[rows])
+        if self.grouped.tables:
             self.grouped.apply(y_TN, x_TK, self.chunks())
+        if self.shifts is not None and self.step.routing.has_any(self.shifts.slots):
+            y_TN += self.shifts.of(self.step.routing.slot_T)
 
     def _correct_rows(self, segment: Segment, x_SK: torch.Tensor, y_SN: torch.Tensor) -> None:
         """The rows of one delta."""
@@ -180,41 +230,12 @@ class DeltaLinear(nn.Module):
             delta_matmul(part, x_SK, piece.enc, None if own_N is None else own_N[out])
 
 
-class SharedProjections:
-    """Projections of one input (q, k and v; gate and up) computed as one, on behalf of the
-    modules that stand in their places and each take their part of the outputs."""
-
-    def __init__(self, layer: DeltaLinear) -> None:
-        self.layer = layer
-        self._input: torch.Tensor | None = None
-        self._output: torch.Tensor | None = None
-
-    def outputs(self, x: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        """x [..., T, K] -> [..., T, end - start]. Computed when ``x`` is first seen."""
-        if x is not self._input:
-            self._input, self._output = x, self.layer(x)
-        assert self._output is not None
-        output = self._output
-        if end == output.shape[-1]:  # nobody else will ask: the step's memory is free
-            self._input = self._output = None
-        return output[..., start:end]
-
-
-class ProjectionPart(nn.Module):
-    """Stands where the model has one of several projections of one input."""
-
-    def __init__(self, shared: SharedProjections, start: int, end: int) -> None:
-        super().__init__()
-        self.shared = shared
-        self.start = start
-        self.end = end
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.shared.outputs(x, self.start, self.end)
-
-
 class DeltaHead(DeltaLinear):
     """The output projection: sees only rows whose logits are kept, and vocabularies may differ."""
+
+    def __init__(self, inner: nn.Linear, step: StepContext, name: str) -> None:
+        super().__init__(inner, step, name)
+        self.shifts = None  # they follow the packed tokens
 
     def segments(self) -> Iterable[Segment]:
         return self.step.routing.logits
@@ -226,34 +247,51 @@ class DeltaHead(DeltaLinear):
         """Logits as wide as the widest vocabulary in the step; the runner masks what is
         beyond a row's own."""
         own = [self.num_outputs.get(segment.slot, 0) for segment in self.segments()]
-        return self.compute(x, max([self.inner.weight.shape[0], *own]))
+        return self.compute(x, max([self.num_base_outputs, *own]))
+
+    def _leave_graphs(self, slot: int) -> None:
+        """It stands behind what is captured."""
 
 
-class DeltaEmbedding(nn.Module):
+class DeltaEmbedding(DeltaLayer):
     """Token embeddings; added tokens lie past the base's rows."""
 
     def __init__(self, inner: nn.Embedding, step: StepContext) -> None:
-        super().__init__()
+        super().__init__(step)
         self.inner = inner
-        self.step = step
+        self.grouped = GroupedEmbeddings("embed_tokens.weight", inner.weight, False)
         self.weights: dict[int, Encoded] = {}
 
     def prepare(self, parameter: str, pieces: Pieces) -> Pieces:
+        (piece,) = pieces
+        if self.grouped.serves_layer() and self.grouped.takes(piece.enc.codec):
+            return (Piece(piece.start, self.grouped.prepare(piece.enc) or piece.enc),)
         return pieces
 
     def attach(self, slot: int, parameter: str, pieces: Pieces) -> None:
         (piece,) = pieces
-        self.weights[slot] = piece.enc
+        if isinstance(piece.operand, LaidOut):
+            self.grouped.put(slot, piece.operand)
+        else:
+            self.weights[slot] = piece.enc
 
     def detach(self, slot: int) -> None:
+        self.grouped.detach(slot)
         self.weights.pop(slot, None)
+        self.forget_arrival(slot)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [1, T] -> [1, T, D], scaled where the model scales (Gemma 3)."""
+        self.await_operands()
         weight_VD = self.inner.weight
         out: torch.Tensor = self.inner(ids.clamp(max=weight_VD.shape[0] - 1))
         scale: torch.Tensor | None = getattr(self.inner, "embed_scale", None)
-        for segment in self.step.routing.tokens:
+        routing = self.step.routing
+        if routing.has_any(self._grouped_slots()):
+            out *= (ids < weight_VD.shape[0])[..., None]  # added tokens: the base counts as zero
+            factor = getattr(self.inner, "scalar_embed_scale", 1.0)
+            self.grouped.look_up(out[0], ids[0], routing.slot_T, factor)
+        for segment in routing.tokens if self.weights else ():
             operand = self.weights.get(segment.slot)
             if operand is None:
                 continue
@@ -262,43 +300,43 @@ class DeltaEmbedding(nn.Module):
             out[0, rows] = own_TD if scale is None else own_TD * scale.to(own_TD.dtype)
         return out
 
+    def _grouped_slots(self) -> set[int]:
+        return {slot for table in self.grouped.tables.values() for slot in table.operands}
 
-class DeltaNorm(nn.Module):
+
+class DeltaNorm(DeltaLayer):
     """A normalisation; each row is scaled by its own delta's weight.
 
     token_dim: which dimension of the input counts the packed tokens (q/k norms see
-    [1, T, heads, D] in Qwen 3 and [1, heads, T, D] in Gemma 3). table_SD: one row per slot, the
-    base's where a delta does not change this norm. The last row is always the base's: higher
-    slots are clamped to it.
+    [1, T, heads, D] in Qwen 3 and [1, heads, T, D] in Gemma 3).
     """
 
     def __init__(self, inner: nn.Module, step: StepContext, token_dim: int) -> None:
-        super().__init__()
+        super().__init__(step)
         self.base_weight: torch.Tensor = inner.get_parameter("weight").detach()
         # A plain attribute from here on, so that each step can put its own rows in its place.
         del inner._parameters["weight"]
         self.inner = inner
-        self.step = step
         self.token_dim = token_dim
-        self.weights: dict[int, torch.Tensor] = {}
-        self.table_SD = self.base_weight[None].clone()
+        self.table = SlotTable(self.base_weight)
 
     def prepare(self, parameter: str, pieces: Pieces) -> Pieces:
         return pieces
 
+    @property
+    def weights(self) -> set[int]:
+        """The slots that change this norm."""
+        return self.table.slots
+
+    def reads_at_attach(self, parameter: str) -> bool:
+        return True
+
     def attach(self, slot: int, parameter: str, pieces: Pieces) -> None:
-        """One row of the table, which grows by whole steps: cheap however many slots there are."""
         (piece,) = pieces
-        self.weights[slot] = piece.values
-        missing = slot + 2 - len(self.table_SD)
-        if missing > 0:
-            more = -(-missing // TABLE_STEP) * TABLE_STEP
-            self.table_SD = torch.cat([self.table_SD, self.base_weight.expand(more, -1)])
-        self.table_SD[slot] = piece.values
+        self.step.changes += self.table.put(slot, piece.values)
 
     def detach(self, slot: int) -> None:
-        if self.weights.pop(slot, None) is not None:
-            self.table_SD[slot] = self.base_weight
+        self.table.drop(slot)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.inner.weight = self._weight_for(x)
@@ -307,21 +345,18 @@ class DeltaNorm(nn.Module):
 
     def _weight_for(self, x: torch.Tensor) -> torch.Tensor:
         routing = self.step.routing
-        if not any(segment.slot in self.weights for segment in routing.tokens):
+        if not routing.has_any(self.table.slots):
             return self.base_weight
         shape = [1] * x.dim()
         shape[self.token_dim], shape[-1] = len(routing.slot_T), x.shape[-1]
-        return self.table_SD[routing.slot_T.clamp(max=len(self.table_SD) - 1)].view(shape)
+        return self.table.of(routing.slot_T).view(shape)
 
 
-DeltaModule = DeltaLinear | DeltaEmbedding | DeltaNorm
-"""What computes for all deltas."""
-Wrapper = DeltaModule | ProjectionPart
-"""What stands in the model in place of one of its modules."""
-
-
-def part_of(module: Wrapper) -> tuple[DeltaModule, int]:
-    """The layer that computes a module of the model, and where among its outputs."""
-    if isinstance(module, ProjectionPart):
-        return module.shared.layer, module.start
-    return module, 0
+def like(inner: nn.Linear) -> torch.Tensor:
+    """[N, K] of the layer's computing dtype, where it is. Of quantised weights without memory."""
+    if type(inner) is nn.Linear:
+        return inner.weight
+    weight = inner.weight
+    dtype: torch.dtype = getattr(inner, "compute_dtype", None) or torch.bfloat16
+    empty = torch.empty(1, dtype=dtype, device=weight.device)
+    return empty.expand(inner.out_features, inner.in_features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ import torch
 
 from deltaserve.artifact.memory import OpenFile, open_file
 from deltaserve.artifact.reader import Delta
+from deltaserve.config import EngineConfig
 from deltaserve.engine.versions import DeltaVersion
 from deltaserve.errors import ArtifactError, DeltaServeError
 
@@ -207,6 +209,16 @@ class Reader:
                 f"({delta.manifest.digest}, not {version.digest}); register it again to serve it"
             )
         return delta
+
+
+def delta_sizes(config: EngineConfig) -> list[int]:
+    """Resident bytes of the configured deltas, from their manifests. Those that cannot be read are
+    left out: they are named when they are registered."""
+    sizes = []
+    for source in config.deltas:
+        with contextlib.suppress(DeltaServeError):
+            sizes.append(Delta.open(source.path).manifest.sizes.resident.total)
+    return sizes
 
 
 def _step_back() -> None:

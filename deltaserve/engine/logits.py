@@ -14,6 +14,7 @@ import torch
 
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.types import SamplingParams
+from deltaserve.kernels.staging import to_device
 
 Asking = list[tuple[int, Sequence]]
 """Rows of the logits, and whose they are."""
@@ -47,7 +48,7 @@ def _bias(logits_SV: torch.Tensor, asking: Asking) -> None:
     if biases:
         rows, ids, values = zip(*biases, strict=True)
         place = _index(logits_SV, rows), _index(logits_SV, ids)
-        added = torch.tensor(values, dtype=torch.float32, device=logits_SV.device)
+        added = to_device(torch.tensor(values, dtype=torch.float32), logits_SV.device)
         logits_SV.index_put_(place, added, accumulate=True)
 
 
@@ -106,7 +107,7 @@ def _cut_unlikely(logits_SV: torch.Tensor, asking: Asking) -> None:
         rows, distances = zip(*found, strict=True)
         index = _index(logits_SV, rows)
         logits_MV = logits_SV[index]
-        distance_M1 = torch.tensor(distances, device=logits_SV.device)[:, None]
+        distance_M1 = to_device(torch.tensor(distances), logits_SV.device)[:, None]
         least_M1 = logits_MV.amax(-1, keepdim=True) + distance_M1
         logits_SV[index] = logits_MV.masked_fill_(logits_MV < least_M1, float("-inf"))
 
@@ -119,14 +120,15 @@ def _occurrences(
     rows = np.repeat([s for s, _ in found], lengths)
     ids = np.concatenate([np.array(ids) for ids in tokens])
     device = logits_SV.device
-    return (torch.from_numpy(rows).to(device), torch.from_numpy(ids).to(device)), lengths
+    places = to_device(torch.from_numpy(rows), device), to_device(torch.from_numpy(ids), device)
+    return places, lengths
 
 
 def _spread(logits_SV: torch.Tensor, values: list[float], lengths: np.ndarray) -> torch.Tensor:
     """Each list's value, once for each of its tokens."""
     spread = np.repeat(np.array(values, dtype=np.float32), lengths)
-    return torch.from_numpy(spread).to(logits_SV.device)
+    return to_device(torch.from_numpy(spread), logits_SV.device)
 
 
 def _index(logits_SV: torch.Tensor, numbers: Iterable[int]) -> torch.Tensor:
-    return torch.tensor(list(numbers), dtype=torch.long, device=logits_SV.device)
+    return to_device(torch.tensor(list(numbers), dtype=torch.long), logits_SV.device)

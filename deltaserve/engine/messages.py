@@ -14,7 +14,7 @@ from deltaserve.config import EngineConfig
 from deltaserve.engine.types import EngineRequest, EngineStats, ModelInfo, TokenEvent
 from deltaserve.errors import DeltaServeError, EngineDeadError
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of all messages. A process that says another one belongs to another release."""
 
 
@@ -59,12 +59,13 @@ class Start:
     """The first command to a process: load, then serve.
 
     restore: deltas to register beside those of ``config``; one that cannot be any more is left
-    out. log_level: of the logging module.
+    out. log_level: of the logging module. json_logs: a line is a JSON object.
     """
 
     config: EngineConfig
     restore: tuple[Registration, ...]
     log_level: int
+    json_logs: bool = False
 
 
 @dataclass(frozen=True, slots=True)

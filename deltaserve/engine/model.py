@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -16,12 +15,9 @@ from deltaserve.engine.layers import (
     DeltaEmbedding,
     DeltaHead,
     DeltaLinear,
-    DeltaModule,
     DeltaNorm,
-    ProjectionPart,
-    SharedProjections,
-    Wrapper,
 )
+from deltaserve.engine.projections import DeltaModule, ProjectionPart, Wrapper, share
 from deltaserve.engine.routing import StepContext
 from deltaserve.errors import CheckpointError
 from deltaserve.kernels.attention import PagedBatch, paged_attention, write_kv
@@ -138,7 +134,8 @@ def _wrap(
 def _share_inputs(wrapped: dict[str, Wrapper], step: StepContext) -> dict[str, ProjectionPart]:
     """Parts in place of the projections that read the same input.
 
-    On a CPU a call costs about as much as a few rows of it; kernels take deltas by projection.
+    On a CPU a call costs about as much as a few rows of it; on a GPU one launch fills it better
+    than three. Quantised weights stay apart: their packed forms cannot be joined.
     """
     parts: dict[str, ProjectionPart] = {}
     for path in wrapped:
@@ -149,19 +146,8 @@ def _share_inputs(wrapped: dict[str, Wrapper], step: StepContext) -> dict[str, P
                 found = [wrapped.get(other) for other in paths]
                 layers = [layer for layer in found if isinstance(layer, DeltaLinear)]
                 biased = {layer.inner.bias is not None for layer in layers}
-                on_cpu = all(layer.joins_inputs() for layer in layers)
-                if len(layers) == len(paths) and len(biased) == 1 and on_cpu:
-                    shared = _share([layer.inner for layer in layers], step, path)
+                quantised = any(layer.quantised for layer in layers)
+                if len(layers) == len(paths) and len(biased) == 1 and not quantised:
+                    shared = share([layer.inner for layer in layers], step, path)
                     parts |= zip(paths, shared, strict=True)
     return parts
-
-
-def _share(projections: list[nn.Linear], step: StepContext, path: str) -> list[ProjectionPart]:
-    """One layer of all outputs, side by side; nothing keeps the old weights."""
-    whole = nn.Linear(1, 1, bias=False, device="meta")
-    whole.weight = nn.Parameter(torch.cat([p.weight for p in projections]), requires_grad=False)
-    if projections[0].bias is not None:
-        whole.bias = nn.Parameter(torch.cat([p.bias for p in projections]), requires_grad=False)
-    shared = SharedProjections(DeltaLinear(whole, step, path))
-    ends = list(accumulate(len(p.weight) for p in projections))
-    return [ProjectionPart(shared, start, end) for start, end in pairwise([0, *ends])]

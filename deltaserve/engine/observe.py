@@ -53,6 +53,7 @@ class StepCounters:
     steps: int = 0
     mixed_steps: int = 0
     max_models_in_step: int = 0
+    delta_segments: int = 0
     plan_s: float = 0.0
     execute_s: float = 0.0
     commit_s: float = 0.0
@@ -61,6 +62,7 @@ class StepCounters:
         """Add a committed step."""
         num_models = plan.num_models
         self.steps += 1
+        self.delta_segments += len({row.seq.slot for row in plan.rows} - {0})  # 0 is the base
         self.mixed_steps += num_models > 1
         self.max_models_in_step = max(self.max_models_in_step, num_models)
         self.plan_s += plan_s

@@ -18,24 +18,21 @@ from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.artifact.manifest import TensorEntry
 from deltaserve.artifact.reader import Delta
+from deltaserve.engine.arena import Arena
 from deltaserve.engine.layers import (
     MERGED,
     DeltaEmbedding,
     DeltaHead,
     DeltaLinear,
-    DeltaModule,
     DeltaNorm,
-    ProjectionPart,
-    Wrapper,
-    part_of,
 )
 from deltaserve.engine.pieces import Piece, Pieces, packed_bytes
-from deltaserve.engine.transfer import Transfer
+from deltaserve.engine.projections import DeltaModule, ProjectionPart, Wrapper, part_of
+from deltaserve.engine.transfer import Arrival, Transfer
 from deltaserve.errors import ArtifactError
-from deltaserve.kernels.delta_matmul import LaidOut
 
 HEAD = "lm_head"
-MERGEABLE = ("int", "nm24", "nf4")
+MERGEABLE = ("int", "nm24", "nf4", "sparse", "sum")
 
 
 @dataclass(frozen=True)
@@ -57,28 +54,48 @@ class Needs:
 
 @dataclass(frozen=True, eq=False)
 class Binding:
-    """One parameter of a layer, as the layer wants it."""
+    """One parameter of a layer, as the layer wants it. arrival: when it is on the device, unless
+    it is there already."""
 
     layer: DeltaModule
     leaf: str
     pieces: Pieces
+    arrival: Arrival | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Operands:
-    """Everything that the layers hold of a delta. An operand of two layers counts once."""
+    """Everything that the layers hold of a delta. An operand of two layers counts once.
+
+    arena: where it lies. In host memory, ``tensors`` are what a load needs of it.
+    """
 
     bindings: tuple[Binding, ...]
+    arena: Arena | None = None
 
     def attach(self, slot: int) -> Iterator[None]:
         """Give them to the layers, one with each ``next``: nothing is copied but norms."""
         for binding in self.bindings:
+            binding.layer.expect(slot, binding.leaf, binding.arrival)
             binding.layer.attach(slot, binding.leaf, binding.pieces)
             yield
 
     def detach(self, slot: int) -> None:
+        """Take them from the layers, and give back their memory."""
         for binding in self.bindings:
             binding.layer.detach(slot)
+            if binding.arrival is not None and not binding.arrival.query():
+                binding.arrival.wait()  # or the next to have this memory would be written over
+        self.give_back()
+
+    def give_back(self) -> None:
+        if self.arena is not None:
+            for tensor in self._by_address.values():
+                self.arena.give_back(tensor)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return list(self._by_address.values())
 
     def detach_merged(self, slot: int) -> None:
         """Leave the packed ones that these were merged from."""
@@ -88,16 +105,20 @@ class Operands:
 
     @cached_property
     def num_bytes(self) -> int:
-        return sum(self._by_address.values())
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def bytes_shared_with(self, tensors: Iterable[torch.Tensor]) -> int:
         """How many bytes of ``tensors`` are operands themselves."""
         return sum(t.nbytes for t in tensors if t.data_ptr() in self._by_address)
 
     @cached_property
-    def _by_address(self) -> dict[int, int]:
+    def _by_address(self) -> dict[int, torch.Tensor]:
         tensors = (tensor for b in self.bindings for tensor in _tensors(b))
-        return {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.nbytes}
+        return {tensor.data_ptr(): tensor for tensor in tensors if tensor.nbytes}
+
+
+Image = Delta | Operands
+"""What host memory keeps of a delta: the artifact, or operands as the device has them."""
 
 
 class OperandMaker:
@@ -107,16 +128,16 @@ class OperandMaker:
         self,
         base: Checkpoint,
         modules: dict[str, Wrapper],
-        *,
         vocab_size: int,
         dtype: torch.dtype,
         device: str,
+        arena: Arena | None = None,
     ) -> None:
         self.base = base
         self.modules = modules
         self.vocab_size = vocab_size
         self._dtype = dtype
-        self._transfer = Transfer(device)
+        self._transfer = Transfer(device, arena)
 
     def needs(self, delta: Delta) -> Needs:
         """Raises ArtifactError for parameters that no layer of this base has, or not so."""
@@ -127,7 +148,7 @@ class OperandMaker:
         for (layer, leaf), members in self._changes(delta, delta.names()).items():
             entries = [tensors[name] for name in members]
             size, kept = 0, set(members)
-            if leaf == "weight" and isinstance(layer, DeltaLinear) and layer.joins_inputs():
+            if leaf == "weight" and isinstance(layer, DeltaLinear) and layer.packs_on_cpu():
                 size, left = packed_bytes(list(members.values()), entries, self._dtype)
                 kept = {list(members)[i] for i in left}
             size += sum(self._operand_bytes(tensors[name]) for name in kept - counted)
@@ -142,9 +163,47 @@ class OperandMaker:
         image = sum(entry.bytes for entry in tensors.values())
         return Needs(total, step, merged, image, vocab_size)
 
-    def make(self, delta: Delta) -> Operands:
-        """All of a delta, packed where its codecs are applied packed."""
-        return self._bind(delta, delta.names(), merge=False)
+    def make(self, image: Image) -> Operands:
+        """All of a delta, packed where its codecs are applied packed.
+
+        What ``copy`` made is on its way when this returns, layer by layer; an artifact's is there.
+        """
+        if isinstance(image, Operands):
+            return self._upload(image)
+        return self._bind(image, image.names(), merge=False)
+
+    @property
+    def copies(self) -> bool:
+        """Whether operands are worth copying to the host: they are something else there."""
+        return self._transfer.arena is not None
+
+    def copy(self, operands: Operands) -> Operands:
+        """The same in host memory, ready for ``make``; vectors first, then as a forward comes to
+        them. The embedding is first of what is not a vector."""
+        copies: dict[int, Piece] = {}
+        bindings = []
+        with self._transfer.stream():
+            for binding in sorted(operands.bindings, key=lambda b: not _is_vector(b)):
+                for piece in binding.pieces:
+                    if id(piece) not in copies:
+                        copies[id(piece)] = piece.moved(self._transfer.fetch)
+                pieces = tuple(copies[id(piece)] for piece in binding.pieces)
+                bindings.append(Binding(binding.layer, binding.leaf, pieces))
+        return Operands(tuple(bindings))
+
+    def _upload(self, copied: Operands) -> Operands:
+        placed: dict[int, Piece] = {}
+        bindings = []
+        with self._transfer.stream(wait=False):
+            for binding in copied.bindings:
+                for piece in binding.pieces:
+                    if id(piece) not in placed:
+                        placed[id(piece)] = piece.moved(self._transfer.settle)
+                pieces = tuple(placed[id(piece)] for piece in binding.pieces)
+                arrival = self._transfer.arrival()
+                bindings.append(Binding(binding.layer, binding.leaf, pieces, arrival))
+            self._transfer.hand_over(t for b in bindings for t in _tensors(b))
+        return Operands(tuple(bindings), self._transfer.arena)
 
     def merge(self, delta: Delta) -> Operands:
         """Its packed projections as base + delta, dense, rounded once to the engine's dtype.
@@ -154,20 +213,38 @@ class OperandMaker:
         return self._bind(delta, delta.names(), merge=True)
 
     def _bind(self, delta: Delta, names: list[str], *, merge: bool) -> Operands:
+        bindings: list[Binding] = []
+        arena = None if merge else self._transfer.arena
+        try:
+            with self._transfer.stream():
+                bindings += self._bindings(delta, names, merge)
+                self._transfer.hand_over(t for b in bindings for t in _tensors(b))
+        except BaseException:
+            Operands(tuple(bindings), arena).give_back()
+            raise
+        return Operands(tuple(bindings), arena)
+
+    def _bindings(self, delta: Delta, names: list[str], merge: bool) -> Iterator[Binding]:
         tensors = delta.manifest.tensors
-        bindings = []
         made: dict[str, Encoded] = {}  # an operand of two layers is made once
-        with self._transfer.stream():
-            for (layer, leaf), members in self._changes(delta, names).items():
-                if merge and not _mergeable(layer, leaf, [tensors[name] for name in members]):
-                    continue
-                for name in members.keys() - made.keys():
-                    made[name] = self._operand(delta, name, merge)
+        placed: dict[str, Pieces] = {}  # and laid out once
+        for (layer, leaf), members in self._changes(delta, names).items():
+            if merge and not _mergeable(layer, leaf, [tensors[name] for name in members]):
+                continue
+            for name in members.keys() - made.keys():
+                made[name] = self._operand(delta, name, merge)
+            kind, key = MERGED if merge else leaf, "+".join(members)
+            if key not in placed or not all(p.laid_out for p in placed[key]):
                 pieces = tuple(Piece(start, made[name]) for name, start in members.items())
-                kind = MERGED if merge else leaf
-                bindings.append(Binding(layer, kind, layer.prepare(kind, pieces)))
-            self._transfer.hand_over(t for b in bindings for t in _tensors(b))
-        return Operands(tuple(bindings))
+                pieces = layer.prepare(kind, pieces)
+                placed[key] = pieces if merge else self._place(pieces)
+            yield Binding(layer, kind, placed[key])
+
+    def _place(self, pieces: Pieces) -> Pieces:
+        """Where the device keeps operands."""
+        if self._transfer.arena is None:
+            return pieces
+        return tuple(piece.moved(self._transfer.settle) for piece in pieces)
 
     def _changes(
         self, delta: Delta, names: list[str]
@@ -241,14 +318,18 @@ def _decoded(codec: str, shape: tuple[int, ...]) -> bool:
 
 def _tensors(binding: Binding) -> Iterator[torch.Tensor]:
     for piece in binding.pieces:
-        operand = piece.operand
-        yield from operand.parts if isinstance(operand, LaidOut) else operand.tensors.values()
+        yield from piece.tensors
+
+
+def _is_vector(binding: Binding) -> bool:
+    return isinstance(binding.layer, DeltaNorm) or binding.leaf == "bias"
 
 
 def _mergeable(layer: DeltaModule, leaf: str, entries: list[TensorEntry]) -> TypeGuard[DeltaLinear]:
     """A packed projection: whole values need no merging, and low rank is cheap as it is."""
     packed = any(entry.codec in MERGEABLE for entry in entries)
-    return packed and leaf == "weight" and isinstance(layer, DeltaLinear)
+    dense = isinstance(layer, DeltaLinear) and not layer.quantised
+    return packed and leaf == "weight" and dense
 
 
 def _fits(module: Wrapper, leaf: str, entry: TensorEntry) -> bool:
@@ -264,7 +345,10 @@ def _fits(module: Wrapper, leaf: str, entry: TensorEntry) -> bool:
             layer.inner.bias is not None and entry.shape == (outputs or len(layer.inner.bias),)
         )
     assert isinstance(layer, DeltaLinear | DeltaEmbedding)
-    own = (outputs or layer.inner.weight.shape[0], layer.inner.weight.shape[1])
+    if isinstance(layer, DeltaEmbedding):
+        own = tuple(layer.inner.weight.shape)
+    else:
+        own = (outputs or layer.num_base_outputs, layer.inner.in_features)
     if isinstance(module, DeltaHead | DeltaEmbedding):
         return leaf == "weight" and len(entry.shape) == 2 and entry.shape[1:] == own[1:]
     return leaf == "weight" and entry.shape == own

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from deltaserve.artifact.reader import Delta
 from deltaserve.engine.loader import Background
-from deltaserve.engine.operands import Needs, Operands
+from deltaserve.engine.operands import Image, Needs, Operands
 from deltaserve.engine.probe import Savings
 from deltaserve.engine.versions import DeltaVersion
 
@@ -21,11 +21,20 @@ class Source(Protocol):
 
 
 class Maker(Protocol):
-    """What becomes of them. All but ``needs`` runs in a background thread."""
+    """What becomes of them. All but ``needs`` runs in a background thread.
+
+    copies: whether host memory keeps what ``copy`` makes of operands, from which ``make`` is
+    faster than from the artifact.
+    """
+
+    @property
+    def copies(self) -> bool: ...
 
     def needs(self, delta: Delta) -> Needs: ...
 
-    def make(self, delta: Delta) -> Operands: ...
+    def make(self, image: Image) -> Operands: ...
+
+    def copy(self, operands: Operands) -> Operands: ...
 
     def merge(self, delta: Delta) -> Operands: ...
 

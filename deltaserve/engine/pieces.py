@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -11,7 +11,7 @@ import torch
 
 from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.artifact.manifest import TensorEntry
-from deltaserve.kernels.delta_matmul import LaidOut, int4
+from deltaserve.kernels.delta_matmul import GroupedDeltas, LaidOut, int4, joinable
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +29,24 @@ class Piece:
     def values(self) -> torch.Tensor:
         """Of a parameter that is kept as it is."""
         return self.enc.tensors["values"]
+
+    @property
+    def laid_out(self) -> bool:
+        """For a kernel."""
+        return isinstance(self.operand, LaidOut)
+
+    @property
+    def tensors(self) -> Iterable[torch.Tensor]:
+        operand = self.operand
+        return operand.parts if isinstance(operand, LaidOut) else operand.tensors.values()
+
+    def moved(self, put: Callable[[torch.Tensor], torch.Tensor]) -> Piece:
+        """The same with its tensors where ``put`` copies them."""
+        operand = self.operand
+        if isinstance(operand, LaidOut):
+            return Piece(self.start, operand.moved(put))
+        tensors = {name: put(tensor) for name, tensor in operand.tensors.items()}
+        return Piece(self.start, replace(operand, tensors=tensors))
 
     @cached_property
     def outputs(self) -> slice:
@@ -57,6 +75,17 @@ def join(pieces: Pieces, dtype: torch.dtype) -> Pieces:
         for piece in pieces
         for enc in (int4.pack([piece.enc], dtype) if int4.supports(piece.enc) else [piece.enc])
     )
+
+
+def for_kernels(pieces: Pieces, grouped: GroupedDeltas) -> Pieces:
+    """On a GPU: whole weights of neighbouring outputs as one operand, so that one launch serves
+    them; what no kernel takes stays as it is."""
+    encs = [piece.enc for piece in pieces]
+    if len(pieces) > 1 and _adjacent(pieces) and joinable(encs):
+        operand = grouped.prepare(*encs)
+        if operand is not None:
+            return (Piece(pieces[0].start, operand),)
+    return tuple(Piece(p.start, grouped.prepare(p.enc) or p.enc) for p in pieces)
 
 
 def packed_bytes(

@@ -26,6 +26,7 @@ from deltaserve.engine.messages import (
 )
 from deltaserve.engine.process import EngineProcess
 from deltaserve.errors import DeltaServeError, EngineDeadError
+from deltaserve.logs import logs_are_json
 
 POLL_SECONDS = 0.1
 """How soon the end of the process, or a wish to close, is noticed."""
@@ -150,13 +151,14 @@ class ProcessClient(Frontend):
         """The first time the deltas of the configuration; then those that were served last."""
         level = logging.getLogger().getEffectiveLevel()
         if not self._started.done():
-            return Start(self._config, (), level)
+            return Start(self._config, (), level, logs_are_json())
         served = [
             Registration(info.name, info.path, info.pinned)
             for info in self.models()
             if info.parent is not None and info.state != "draining"
         ]
-        return Start(replace(self._config, deltas=()), tuple(served), level)
+        config = replace(self._config, deltas=())
+        return Start(config, tuple(served), level, logs_are_json())
 
     def _keep_spare(self) -> None:
         if time.monotonic() < self._spare_due:

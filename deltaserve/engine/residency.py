@@ -21,7 +21,7 @@ from deltaserve.engine.hosttier import HostTier
 from deltaserve.engine.limits import Counts, Limits, require_room
 from deltaserve.engine.loader import Done, Job
 from deltaserve.engine.merging import Merger
-from deltaserve.engine.operands import Operands
+from deltaserve.engine.operands import Image, Operands
 from deltaserve.engine.parts import Parts
 from deltaserve.engine.probe import Savings
 from deltaserve.engine.sequence import Sequence
@@ -176,7 +176,7 @@ class Residency:
 
     def wait(self, seconds: float) -> None:
         """Until a load has ended, at most so long; not at all when there is nothing to do."""
-        if not self.idle:
+        if not self.idle and not self.device.attaching:
             self.loader.wait(seconds)
 
     def count_rows(self, rows_of_slot: Mapping[int, int]) -> None:
@@ -236,7 +236,7 @@ class Residency:
             self._stop_draining()
 
     def _load(self, version: DeltaVersion) -> None:
-        def work() -> tuple[Delta, Operands, Savings | None]:
+        def work() -> tuple[Image, Operands, Savings | None]:
             image = version.image or self.source.read(version)
             operands = self.maker.make(image)
             mergeable = self.merger.could_hold(version)
@@ -255,6 +255,9 @@ class Residency:
         version = done.job.version
         if done.job.kind == "merge":
             self._take_merged(version, done)
+            return True
+        if done.job.kind == "copy":
+            self._take_copy(version, done)
             return True
         self.host.end_staging(version)
         if done.error is not None:
@@ -281,6 +284,21 @@ class Residency:
         if served is not None and served.candidate is version:
             self.catalogue.promote(served)
         self.catalogue.revision += 1
+        self._copy(version)
+
+    def _copy(self, version: DeltaVersion) -> None:
+        """Keep operands in host memory as they are on the device: the next load is a mere copy."""
+        operands = version.operands
+        if operands is None or not self.maker.copies or isinstance(version.image, Operands):
+            return
+        if version.image is not None or self.host.has_room(operands.num_bytes):
+            self.loader.submit(Job("copy", version), lambda: (operands, self.maker.copy(operands)))
+
+    def _take_copy(self, version: DeltaVersion, done: Done) -> None:
+        """Unless it left the device meanwhile, where others may have its memory."""
+        if done.error is None and version.operands is done.result[0]:
+            self.host.drop(version)
+            self.host.keep(version, done.result[1])
 
     def _fail(self, version: DeltaVersion, error: str) -> None:
         self._leave(version)
@@ -362,7 +380,10 @@ class Residency:
 
     def _merge(self, version: DeltaVersion) -> None:
         def work() -> Operands:
-            return self.maker.merge(version.image or self.source.read(version))
+            image = version.image
+            return self.maker.merge(
+                image if isinstance(image, Delta) else self.source.read(version)
+            )
 
         self.merger.start(version)
         self.loader.submit(Job("merge", version), work)

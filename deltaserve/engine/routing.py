@@ -6,12 +6,14 @@ has to gather. Slot 0 is the base.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
 import torch
 
+from deltaserve.engine.transfer import Arrival
 from deltaserve.kernels.delta_matmul import BASE_SLOT, RowChunks, Segment, cut
 
 __all__ = ["BASE_SLOT", "Routing", "Segment", "StepContext", "segments"]
@@ -21,17 +23,27 @@ __all__ = ["BASE_SLOT", "Routing", "Segment", "StepContext", "segments"]
 class Routing:
     """tokens: segments over the T packed tokens; logits: over the rows whose logits are kept.
 
-    slot_T: the slot of each packed token, on the device.
+    slot_T: the slot of each packed token, on the device. static: the chunks of a captured step,
+    whose tensors are written anew before each replay; then the segments are not known here.
+    captured: of a captured step, with deltas (``static``) or without.
     """
 
     tokens: tuple[Segment, ...]
     logits: tuple[Segment, ...]
     slot_T: torch.Tensor
+    static: RowChunks | None = None
+    captured: bool = False
+
+    def has_any(self, slots: Collection[int]) -> bool:
+        """Whether a packed token may have one of these slots."""
+        if self.static is not None:
+            return bool(slots)
+        return any(segment.slot in slots for segment in self.tokens)
 
     @cached_property
     def token_chunks(self) -> RowChunks:
         """``tokens`` for the kernels: made when the first layer asks, shared by the others."""
-        return cut(self.tokens, self.slot_T.device)
+        return self.static or cut(self.tokens, self.slot_T.device)
 
     @cached_property
     def logit_chunks(self) -> RowChunks:
@@ -39,10 +51,25 @@ class Routing:
 
 
 class StepContext:
-    """Holds the present step's routing; the one object that all delta-aware layers share."""
+    """Holds the present step's routing; the one object that all delta-aware layers share.
+
+    eager: slots with operands that no captured step can apply. changes: grows whenever captured
+    steps have become wrong, because a table moved or another launch is needed. arriving: slots
+    whose operands are not all on the device, and when the last will be.
+    """
 
     def __init__(self) -> None:
         self.routing: Routing = Routing((), (), torch.empty(0, dtype=torch.long))
+        self.eager: set[int] = set()
+        self.changes = 0
+        self.arriving: dict[int, Arrival] = {}
+
+    def uncapturable(self, slots: Collection[int]) -> bool:
+        """Whether a step with rows of these slots must be launched call by call."""
+        for slot in [slot for slot in slots if slot in self.arriving]:
+            if self.arriving[slot].query():
+                del self.arriving[slot]
+        return any(slot in self.eager or slot in self.arriving for slot in slots)
 
 
 def segments(slots: list[int]) -> tuple[Segment, ...]:

@@ -204,9 +204,12 @@ class Scheduler:
             self.waiting.remove(seq, now)
 
     def _precedence(self, seq: Sequence) -> tuple[bool, int, float, int]:
-        """The order of the policy among what runs. Who went first because of age, stays so."""
+        """The order of the policy among what runs. Who went first because of age, stays so, and
+        before those that aged later: the oldest of all always gets on."""
+        if seq.first_since is not None:
+            return False, 0, seq.first_since, seq.number
         flow = self.policy.flow(seq.request)
-        return not seq.aged, flow[0], self.policy.rank(flow), seq.number
+        return True, flow[0], self.policy.rank(flow), seq.number
 
     def _make_room(self, seq: Sequence, num_new: int, order: deque[Sequence], now: float) -> bool:
         """Blocks for the next tokens of ``seq``, if need be from the last in ``order``.

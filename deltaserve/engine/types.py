@@ -230,6 +230,8 @@ class EngineStats:
     """... computing, ..."""
     commit_s: float = 0.0
     """... and taking the results."""
+    delta_segments: int = 0
+    """Distinct deltas of each step, summed over the steps: how often a delta was read."""
     bytes_per_s: float | None = None
     """Measured on steps that only decode, where ``slo_tpot_ms`` is set."""
     tenants: dict[str, Usage] = field(default_factory=dict)

@@ -15,8 +15,7 @@ from deltaserve.errors import ConfigError, UnknownModelError
 
 if TYPE_CHECKING:
     from deltaserve.artifact.manifest import Manifest
-    from deltaserve.artifact.reader import Delta
-    from deltaserve.engine.operands import Needs, Operands
+    from deltaserve.engine.operands import Image, Needs, Operands
 
 
 class State(StrEnum):
@@ -75,7 +74,7 @@ class DeltaVersion:
     reserved: int = 0
     frequency: int = 0
     priority: float = 0.0
-    image: Delta | None = field(default=None, repr=False)
+    image: Image | None = field(default=None, repr=False)
     operands: Operands | None = field(default=None, repr=False)
     merged: Operands | None = field(default=None, repr=False)
 

@@ -55,7 +55,8 @@ class WaitingQueue:
         flow = band, tenant = self.policy.flow(seq.request)
         lanes, key = self._bands[band], (tenant, seq.delta_key)
         del lanes[key][seq]
-        seq.first_since = None
+        if not seq.aged:  # else it keeps its place before all others, while it runs too
+            seq.first_since = None
         if lanes[key]:
             self._start_clock(lanes[key], now)
         else:
@@ -117,7 +118,7 @@ class WaitingQueue:
         first = next(iter(lane))
         if first.first_since is None:
             first.first_since = now
-            self._next_overdue = min(self._next_overdue, self._due(first))
+        self._next_overdue = min(self._next_overdue, self._due(first))
 
     def _due(self, first: Sequence) -> float:
         """When the oldest of a lane goes before everybody; one that did once, does again."""

@@ -1,7 +1,5 @@
-"""Where a delta can come from: a directory inside the roots, or a repository of the hub.
-
-Object stores are not among them yet: download such a delta into a root first.
-"""
+"""Where a delta can come from: a directory inside the roots, a repository of the hub, or an address
+of a web server or an object store."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from deltaserve.errors import RequestError
+from deltaserve.registry.objects import Objects
 from deltaserve.registry.roots import Roots
 
 HUB = "hf://"
@@ -27,28 +26,43 @@ Download = Callable[..., str]
 class Sources:
     """Turns what an administrator names into a directory that can be read."""
 
-    def __init__(self, roots: Roots, cache: Path, download: Download = snapshot_download) -> None:
+    def __init__(
+        self,
+        roots: Roots,
+        cache: Path,
+        download: Download = snapshot_download,
+        objects: Objects | None = None,
+    ) -> None:
         """``cache``: where repositories are kept; made when the first is fetched."""
         self._roots = roots
         self._cache = cache
         self._download = download
+        self._objects = objects
 
-    def is_remote(self, uri: str) -> bool:
-        """Its bytes come from elsewhere, so that they must be checked once they are here."""
-        return "://" in uri
+    def stop(self) -> None:
+        """The server ends: downloads from object stores do, too."""
+        if self._objects is not None:
+            self._objects.stop()
+
+    def is_unchecked(self, uri: str) -> bool:
+        """Its bytes come from elsewhere, and nobody has compared them with their digest yet."""
+        return uri.startswith(HUB)
 
     def fetch(self, uri: str) -> Path:
         """The directory of a delta. Takes as long as the download; call it from a thread.
 
         Raises RequestError: outside the roots, malformed, absent, or cannot be reached.
         """
-        if not self.is_remote(uri):
+        if "://" not in uri:
             return self._roots.resolve(uri)
         if not uri.startswith(HUB):
+            if self._objects is not None:
+                return self._objects.fetch(uri)
             scheme = uri.partition("://")[0][:32]
             raise RequestError(
-                f"deltas cannot be fetched from {scheme}:// addresses: download it into one of "
-                "the delta_roots and give its path there, or use hf://OWNER/NAME@REVISION",
+                f"deltas cannot be fetched from {scheme}:// addresses here: have the server "
+                "started with --delta-url, or download it into one of the delta_roots and give "
+                "its path",
                 param="path",
             )
         match = HUB_URI.fullmatch(uri)

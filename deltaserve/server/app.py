@@ -23,6 +23,7 @@ from deltaserve.server.openapi import add_schema
 from deltaserve.server.requests import Service
 from deltaserve.server.routes_chat import chat_router
 from deltaserve.server.routes_completions import completions_router
+from deltaserve.server.routes_console import console_router
 from deltaserve.server.routes_deltas import deltas_router
 from deltaserve.server.routes_embeddings import embeddings_router
 from deltaserve.server.routes_health import health_router
@@ -31,6 +32,7 @@ from deltaserve.server.routes_tenants import tenants_router
 from deltaserve.server.routes_tokenize import Aliases, tokenize_router
 from deltaserve.server.routes_usage import metrics_router, usage_router
 from deltaserve.server.tokenizers import Tokenizers
+from deltaserve.server.traces import TraceRequests, Tracing
 
 
 def create_app(
@@ -39,6 +41,7 @@ def create_app(
     config: ServerConfig,
     drain: Drain | None = None,
     office: Office | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The endpoint. The caller starts and closes the engine and the office.
 
@@ -46,6 +49,7 @@ def create_app(
         tokenizers: of the same models; others follow when they are asked for.
         drain: for who wants to end it without cutting answers off.
         office: of a configuration with tenants.
+        tracing: where requests are traced.
     """
     assert (office is not None) == config.managed
     drain = drain or Drain()
@@ -57,18 +61,19 @@ def create_app(
     app.state.config = config
     service = Service(client, tokenizers, config, metrics, office)
     app.include_router(models_router(service, int(time.time())))
-    app.include_router(health_router(client, drain))
+    app.include_router(health_router(client, drain, config))
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
     app.include_router(embeddings_router(service))
     app.include_router(tokenize_router(service))
     app.include_router(metrics_router(metrics))
+    app.include_router(console_router())
     if office is not None:
-        app.include_router(usage_router(office.usage))
+        app.include_router(usage_router(office.usage, office.limiter))
         if config.admin_key_sha256 is not None:
             deltas = Deltas(client, office.registry, office.sources, tokenizers)
             app.include_router(deltas_router(deltas, office.accounts))
-            app.include_router(tenants_router(office.accounts))
+            app.include_router(tenants_router(office.accounts, office.limiter))
     add_schema(app)
 
     async def on_error(request: Request, error: Exception) -> Response:
@@ -85,6 +90,8 @@ def create_app(
         )
     elif config.api_key_sha256 is not None:
         app.add_middleware(SingleKey, sha256=config.api_key_sha256)
+    if tracing is not None:
+        app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(RequestContext)
     app.add_middleware(Aliases)  # added last, so outermost
     return app

@@ -27,7 +27,7 @@ ADMIN_PATHS = (
     "/v1/unload_lora_adapter", "/metrics",
 )  # fmt: skip
 """For the administrator only; they and what is below them."""
-SHARED_PATHS = ("/v1/models", "/v1/usage")
+SHARED_PATHS = ("/v1/key", "/v1/models", "/v1/usage")
 """For tenants and the administrator, who sees all of it."""
 WRONG_KEY = "Missing or wrong API key: send it as 'Authorization: Bearer KEY'."
 

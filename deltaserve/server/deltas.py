@@ -133,7 +133,7 @@ class Deltas:
                     f"{uri} has the digest {found}, not {digest}: it is not what you wanted",
                     param="digest",
                 )
-            if self._sources.is_remote(uri):
+            if self._sources.is_unchecked(uri):
                 artifact.verify_digest()
         except UNLOADABLE as error:
             raise RequestError(str(error), param="path") from error

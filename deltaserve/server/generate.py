@@ -17,6 +17,7 @@ from deltaserve.engine.types import (
     TokenLogprobs,
 )
 from deltaserve.errors import EngineDeadError
+from deltaserve.server import traces
 from deltaserve.server.billing import Bill, Used
 from deltaserve.server.detokenize import Decoder, TextStream, Token
 from deltaserve.server.errors import ApiError, GenerationError
@@ -161,23 +162,37 @@ class Generation:
     async def _follow(self, choice: Choice) -> AsyncIterator[Piece]:
         request_id = choice.request.request_id
         watch = self._metrics.watch(choice.request.model, len(choice.request.prompt_ids))
-        async for event in self._client.stream(request_id):
-            watch.see(event)
-            if event.finish_reason is not None:
-                self._open.discard(request_id)
-            choice.num_cached = max(choice.num_cached, event.num_cached)
-            if event.finish_reason is FinishReason.ERROR:
-                self._failed = True
-                reason = event.error or "the engine failed on this request"
-                raise GenerationError(reason) if self._client.alive() else EngineDeadError(reason)
-            piece = _piece(choice, event)
-            if piece.text or piece.tokens or piece.finish_reason:
-                yield piece
-            if piece.finish_reason:
-                break
+        began, reason, timing = traces.now_ns(), None, None
+        try:
+            async for event in self._client.stream(request_id):
+                watch.see(event)
+                reason, timing = event.finish_reason, event.timing
+                piece = self._take(choice, event)
+                if piece.text or piece.tokens or piece.finish_reason:
+                    yield piece
+                if piece.finish_reason:
+                    reason = piece.finish_reason
+                    break
+        finally:
+            if (span := traces.current.get()) is not None:
+                span.answer(
+                    choice.request, began, tokens=watch.tokens, cached=choice.num_cached,
+                    reason=reason, timing=timing,
+                )  # fmt: skip
         if request_id in self._open:  # a stop string: the engine does not know that it is over
             self._open.discard(request_id)
             self._client.abort(request_id)
+
+    def _take(self, choice: Choice, event: TokenEvent) -> Piece:
+        """Raises GenerationError, EngineDeadError."""
+        if event.finish_reason is not None:
+            self._open.discard(choice.request.request_id)
+        choice.num_cached = max(choice.num_cached, event.num_cached)
+        if event.finish_reason is FinishReason.ERROR:
+            self._failed = True
+            reason = event.error or "the engine failed on this request"
+            raise GenerationError(reason) if self._client.alive() else EngineDeadError(reason)
+        return _piece(choice, event)
 
 
 def _piece(choice: Choice, event: TokenEvent) -> Piece:

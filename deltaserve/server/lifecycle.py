@@ -9,7 +9,7 @@ import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import FrameType
 
@@ -18,11 +18,19 @@ import uvicorn
 from deltaserve.config import ServerConfig
 from deltaserve.engine.client import EngineClient
 from deltaserve.errors import ConfigError
+from deltaserve.logs import set_up_logs
 from deltaserve.server.app import create_app
+from deltaserve.server.connections import (
+    GuardedProtocol,
+    allow_many_descriptors,
+    end_silent_peers,
+)
 from deltaserve.server.drain import Drain
 from deltaserve.server.office import Office
 from deltaserve.server.restore import registered_deltas, remember
 from deltaserve.server.tokenizers import Tokenizers
+from deltaserve.server.traces import open_tracing
+from deltaserve.server.waiting_room import waiting_room
 
 FAREWELL_SECONDS = 2
 """What the last bytes of answers may take to leave, once nothing is generated any more."""
@@ -35,21 +43,27 @@ def serve(config: ServerConfig) -> None:
     Raises:
         DeltaServeError: the address cannot be used, or a model cannot be served.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    set_up_logs(logging.INFO, as_json=config.log_format == "json")
+    allow_many_descriptors()
     # Before minutes of loading: what cannot be had is known at once.
     with contextlib.closing(bind(config)) as listener, open_office(config) as office:
         wanted = add_registered(config, office)
         print(f"Loading {wanted.engine.base}, {len(wanted.engine.deltas)} delta(s) ...", flush=True)
-        client = start_engine(wanted)
-        try:
+        with contextlib.ExitStack() as stack:
+            if (tracing := open_tracing(config.otlp_traces_endpoint)) is not None:
+                stack.callback(tracing.close)
+            with waiting_room(listener, GuardedProtocol):
+                client = start_engine(wanted)
+                stack.callback(client.close)
+                tokenizers = Tokenizers(client.models())
             drain = Drain()
-            tokenizers = Tokenizers(client.models())
             if office is not None:
                 remember(client, office.registry, config.engine)
-            app = create_app(client, tokenizers, config, drain, office)
+            app = create_app(client, tokenizers, config, drain, office, tracing)
             names = [model.name for model in client.models()]
             settings = uvicorn.Config(
                 app,
+                http=GuardedProtocol,
                 log_config=None,
                 log_level="warning",
                 access_log=False,  # RequestContext writes one line for each request
@@ -59,10 +73,10 @@ def serve(config: ServerConfig) -> None:
             )
             ready = f"DeltaServe ready at {_url(listener)} — {_summary(names)}"
             server = Server(settings, ready, client, drain, config.drain_timeout_s)
+            if office is not None:
+                server.on_end = office.sources.stop
             with _explain_bind_errors(config):
                 server.run(sockets=[listener])
-        finally:
-            client.close()
     print("DeltaServe stopped.", flush=True)
 
 
@@ -113,6 +127,8 @@ class Server(uvicorn.Server):
         self._client = client
         self._drain = drain
         self._drain_timeout_s = drain_timeout_s
+        self.on_end: Callable[[], None] = lambda: None
+        """Called when it has drained, before threads are waited for."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -135,6 +151,8 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""
         over = self._drain.over(self._drain_timeout_s)
+        if over or self.should_exit:
+            self.on_end()
         if over and self._drain.in_flight:
             reason = (
                 "the server is shutting down, and this request did not end within "
@@ -162,6 +180,7 @@ def bind(config: ServerConfig) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            end_silent_peers(listener)
             listener.bind(address)
         except BaseException:
             listener.close()

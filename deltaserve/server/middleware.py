@@ -12,6 +12,7 @@ import uuid
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deltaserve import logs
 from deltaserve.server.errors import error_response
 from deltaserve.server.sse import ClientGoneError
 
@@ -32,6 +33,7 @@ class RequestContext:
             return
         request_id = uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        logs.request_id.set(request_id)  # of this request's task alone
         started = time.perf_counter()
         status = 0
 
@@ -56,5 +58,11 @@ class RequestContext:
 
 def _log(scope: Scope, status: int, seconds: float, request_id: str) -> None:
     # The raw path is still percent-encoded: nobody can write lines of their own into the log.
-    path = scope.get("raw_path", b"").decode("latin-1")
-    access_log.info("%s %s %d %.0f ms %s", scope["method"], path, status, seconds * 1e3, request_id)
+    path, ms = scope.get("raw_path", b"").decode("latin-1"), seconds * 1e3
+    caller = scope["state"].get("caller")
+    about = {"method": scope["method"], "path": path, "status": status, "ms": round(ms, 1)}
+    about |= {} if caller is None else {"tenant": caller.tenant.id, "key": caller.key.id}
+    access_log.info(
+        "%s %s %d %.0f ms %s", scope["method"], path, status, ms, request_id,
+        extra={logs.FIELDS: about},
+    )  # fmt: skip

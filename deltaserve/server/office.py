@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltaserve.artifact.files import COMPANIONS
+from deltaserve.artifact.reader import Delta as Artifact
 from deltaserve.config import ServerConfig
 from deltaserve.registry.catalogue import Registry
+from deltaserve.registry.objects import Objects
 from deltaserve.registry.roots import Roots
 from deltaserve.registry.sources import Sources
 from deltaserve.tenancy.accounts import Accounts
@@ -16,7 +19,7 @@ from deltaserve.tenancy.usage import UsageLog, used_now
 
 ACCOUNTS = "accounts.sqlite"
 REGISTRY = "registry.sqlite"
-HUB_CACHE = "hub"
+HUB_CACHE, OBJECT_CACHE = "hub", "objects"
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,11 @@ class Office:
         assert config.state_dir is not None
         state = Path(config.state_dir).expanduser()
         from_file = read_tenants(Path(config.tenants)) if config.tenants else []
-        sources = Sources(Roots(map(Path, config.delta_roots)), state / HUB_CACHE)
+        sources = Sources(
+            Roots(map(Path, config.delta_roots)),
+            state / HUB_CACHE,
+            objects=_objects(config, state / OBJECT_CACHE),
+        )
         accounts = Accounts(state / ACCOUNTS, from_file)
         usage = UsageLog(state / ACCOUNTS)
         limiter = Limiter()
@@ -46,3 +53,15 @@ class Office:
         self.usage.close()
         self.accounts.close()
         self.registry.close()
+
+
+def _objects(config: ServerConfig, folder: Path) -> Objects | None:
+    if not config.delta_urls:
+        return None
+    return Objects(
+        config.delta_urls,
+        folder,
+        max_bytes=config.max_delta_bytes,
+        companions=COMPANIONS,
+        verify=lambda path: Artifact.open(path).verify_digest(),
+    )

@@ -27,7 +27,8 @@ class _Body(BaseModel):
 class Publish(_Body):
     name: Name
     path: Path | None = None
-    """A directory in one of the roots, or hf://OWNER/NAME@REVISION."""
+    """A directory in one of the roots, hf://OWNER/NAME@REVISION, or an address of an object store
+    or a web server below one of the delta_urls."""
     version: Annotated[int, Field(ge=1)] | None = None
     """A version that is registered already."""
     digest: str | None = None

@@ -5,14 +5,16 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 
 from deltaserve import __version__
+from deltaserve.config import ServerConfig
 from deltaserve.engine.client import EngineClient
 from deltaserve.errors import EngineDeadError
 from deltaserve.server.drain import DRAINING, Drain
 from deltaserve.server.errors import ApiError, json_response
 
 
-def health_router(client: EngineClient, drain: Drain) -> APIRouter:
+def health_router(client: EngineClient, drain: Drain, config: ServerConfig) -> APIRouter:
     router = APIRouter()
+    keys = "tenants" if config.managed else "one" if config.locked else "none"
 
     @router.get("/health")
     async def health() -> Response:
@@ -34,6 +36,7 @@ def health_router(client: EngineClient, drain: Drain) -> APIRouter:
 
     @router.get("/version")
     async def version() -> Response:
-        return json_response({"version": __version__})
+        """``keys``: whether one is needed, so that clients need not try."""
+        return json_response({"version": __version__, "keys": keys})
 
     return router

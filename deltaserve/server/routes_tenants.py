@@ -15,18 +15,21 @@ from deltaserve.server.requests import read_object
 from deltaserve.tenancy import audit
 from deltaserve.tenancy.accounts import Accounts
 from deltaserve.tenancy.keys import Key
+from deltaserve.tenancy.limits import Limiter
 from deltaserve.tenancy.tenants import Tenant, parse_duration
 
 DEFAULT_OVERLAP = "24h"
 MAX_LINES = 1000
 
 
-def tenants_router(accounts: Accounts) -> APIRouter:
+def tenants_router(accounts: Accounts, limiter: Limiter) -> APIRouter:
     router = APIRouter()
 
     def tenant_card(tenant: Tenant) -> dict[str, Any]:
         source = "file" if accounts.is_from_file(tenant) else "api"
-        return {"object": "tenant", "id": tenant.id, **tenant.model_dump(), "source": source}
+        used = limiter.used(f"tenant {tenant.id}")
+        shown = {"id": tenant.id, **tenant.model_dump(), "source": source, "used": used}
+        return {"object": "tenant", **shown}
 
     def key_card(key: Key) -> dict[str, Any]:
         return {

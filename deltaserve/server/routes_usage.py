@@ -1,10 +1,12 @@
-"""GET /v1/usage: sums by day, tenant, key and model, as JSON or CSV; and GET /metrics."""
+"""GET /v1/usage: sums by day, tenant, key and model, as JSON or CSV; GET /v1/key: what the caller
+may use, and how much of it is used; and GET /metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import csv
 import io
+import math
 from datetime import date
 from typing import Any
 
@@ -15,12 +17,18 @@ from deltaserve.errors import RequestError
 from deltaserve.server.auth import caller_of
 from deltaserve.server.errors import json_response
 from deltaserve.server.metrics import Metrics
+from deltaserve.tenancy.limits import Limiter, Subject
 from deltaserve.tenancy.usage import SUMS, UsageLog, usage_sums
 
 DEFAULT_GROUPS = "day,tenant,model"
+SHOWN_LIMITS = {
+    "models", "rpm_limit", "tpm_limit", "max_parallel_requests", "daily_token_budget",
+    "monthly_token_budget",
+}  # fmt: skip
+"""What concerns the tenant itself; how it stands beside others is the administrator's."""
 
 
-def usage_router(usage: UsageLog) -> APIRouter:
+def usage_router(usage: UsageLog, limiter: Limiter) -> APIRouter:
     router = APIRouter()
 
     @router.get("/v1/usage")
@@ -52,7 +60,29 @@ def usage_router(usage: UsageLog) -> APIRouter:
             return _csv([*groups, *SUMS], rows)
         return json_response({"object": "list", "data": rows})
 
+    @router.get("/v1/key")
+    async def read_key(request: Request) -> Response:
+        """Whose key this is, and what is left of its limits; the administrator has none."""
+        caller = caller_of(request)
+        if caller is None:
+            return json_response({"object": "key", "kind": "admin"})
+        key = caller.key
+        tenant_limits, key_limits = (_limits(s, limiter) for s in caller.subjects)
+        shown = {
+            "id": key.id,
+            "key_alias": key.settings.key_alias,
+            "expires": None if math.isinf(key.expires) else int(key.expires),
+            **key_limits,
+            "tenant": {"id": caller.tenant.id, **tenant_limits},
+        }
+        return json_response({"object": "key", "kind": "tenant", **shown})
+
     return router
+
+
+def _limits(subject: Subject, limiter: Limiter) -> dict[str, Any]:
+    shown = subject.limits.model_dump(include=SHOWN_LIMITS)
+    return {**shown, "used": limiter.used(subject.name)}
 
 
 def metrics_router(metrics: Metrics) -> APIRouter:

@@ -151,6 +151,18 @@ class Limiter:
     def meter(self, name: str) -> Meter:
         return self._meters.setdefault(name, Meter())
 
+    def used(self, name: str) -> dict[str, int]:
+        """What a subject has in use, reserved tokens included, under the names of its limits."""
+        with self.lock:
+            now, wall, meter = self.clock(), self.wall(), self.meter(name)
+            return {
+                "rpm_limit": meter.requests.total(now),
+                "tpm_limit": meter.tokens.total(now),
+                "max_parallel_requests": meter.parallel,
+                "daily_token_budget": meter.day.total(wall),
+                "monthly_token_budget": meter.month.total(wall),
+            }
+
     def enter(self, subjects: Sequence[Subject]) -> Ticket:
         """Count a request of ``subjects``. Raises LimitError."""
         with self.lock:

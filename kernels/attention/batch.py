@@ -9,6 +9,19 @@ from functools import cached_property
 
 import torch
 
+# Tokens of context per program of a decode row, and how many such programs at most.
+SPAN = 512
+MAX_SPANS = 16
+
+
+def span_of(max_model_len: int) -> int:
+    """How an engine cuts contexts, a power of two. It follows from the longest context that there
+    may be, not from the batch's: the order of a row's sums must not depend on its neighbours."""
+    span = SPAN
+    while span * MAX_SPANS < max_model_len:
+        span *= 2
+    return span
+
 
 @dataclass(frozen=True, eq=False)
 class QueryBlocks:
@@ -29,7 +42,8 @@ class PagedBatch:
 
     slot_mapping_T: slot that receives each new token. block_table_RB: the blocks of each
     sequence, padded with 0. context_lens: tokens of each sequence after this step, and
-    query_starts (R + 1 entries): where its new tokens begin in the packed batch.
+    query_starts (R + 1 entries): where its new tokens begin in the packed batch. span: tokens of
+    context per program of a decode row.
     """
 
     slot_mapping_T: torch.Tensor
@@ -37,7 +51,34 @@ class PagedBatch:
     context_lens: list[int]
     query_starts: list[int]
     block_size: int
+    span: int = SPAN
     _prefill: dict[int, QueryBlocks | None] = field(default_factory=dict, init=False)
+
+    @classmethod
+    def static(
+        cls,
+        slot_mapping_R: torch.Tensor,
+        block_table_RB: torch.Tensor,
+        len_R: torch.Tensor,
+        *,
+        longest: int,
+        block_size: int,
+        span: int,
+    ) -> PagedBatch:
+        """R decode rows whose tensors are written anew before each run of a captured step.
+
+        longest: context that any of them may ever have; what is launched follows from it alone.
+        """
+        rows = len(slot_mapping_R)
+        starts = list(range(rows + 1))
+        batch = cls(slot_mapping_R, block_table_RB, [longest] * rows, starts, block_size, span)
+        batch.len_R = len_R
+        index = torch.arange(rows, device=len_R.device)
+        batch.decode_index = index, len_R, block_table_RB[:, : -(-longest // block_size)]
+        # Made now: inside a capture nothing may be copied from the host.
+        assert batch.decode_blocks is not None
+        assert len(batch.start_R) == rows + 1
+        return batch
 
     @cached_property
     def decode_rows(self) -> list[int]:

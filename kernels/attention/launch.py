@@ -9,8 +9,6 @@ import triton
 from deltaserve.kernels.attention import triton as kernels
 from deltaserve.kernels.attention.batch import PagedBatch, QueryBlocks
 
-# Tokens of context per program of a decode row.
-SPAN = 512
 # Rows of a tile: queries times the heads of a group.
 DECODE_ROWS = 16
 PREFILL_ROWS = 64
@@ -65,7 +63,7 @@ def paged_attention(
     prefill_rows = max(PREFILL_ROWS, triton.next_power_of_2(group))
     decode, prefill = batch.decode_blocks, batch.prefill_blocks(prefill_rows // group)
     for blocks, rows, spans in (
-        (decode, decode_rows, triton.cdiv(decode.longest, SPAN) if decode else 0),
+        (decode, decode_rows, triton.cdiv(decode.longest, batch.span) if decode else 0),
         (prefill, prefill_rows, 1),
     ):
         if blocks is not None:
@@ -133,7 +131,7 @@ def _attend(
         WINDOW=window,
         SOFTCAP=softcap > 0,
         SPLIT=spans > 1,
-        SPAN=SPAN,
+        SPAN=batch.span,
         BLOCK_M=rows,
         BLOCK_L=block_l,
         BLOCK_D=block_dim,
@@ -151,7 +149,8 @@ def _attend(
             num_tokens,
             num_heads,
             HEAD_DIM=head_dim,
-            SPAN=SPAN,
+            WINDOW=window,
+            SPAN=batch.span,
             BLOCK_D=block_dim,
             num_warps=1,
         )

@@ -97,11 +97,6 @@ def attend(
     head_M = kv_head * GROUP + m % GROUP
     real_M = (token_M < end) & (m < BLOCK_M // GROUP * GROUP)
     position_M = context - end + token_M
-    d = tl.arange(0, BLOCK_D)
-    real_D = d < HEAD_DIM
-    q_at = q_THD + token_M.to(tl.int64) * stride_q_T + head_M * stride_q_H
-    q_MD = tl.load(q_at[:, None] + d[None, :], mask=real_M[:, None] & real_D[None, :], other=0.0)
-
     # Positions that the first and the last query of the tile see.
     low, high = 0, context - end + tl.minimum(first_token + BLOCK_M // GROUP, end)
     if WINDOW > 0:
@@ -109,6 +104,12 @@ def attend(
     if SPLIT:
         low = tl.maximum(low, span * SPAN)
         high = tl.minimum(high, (span + 1) * SPAN)
+    if low >= high:  # a span past the context, or before the window
+        return
+    d = tl.arange(0, BLOCK_D)
+    real_D = d < HEAD_DIM
+    q_at = q_THD + token_M.to(tl.int64) * stride_q_T + head_M * stride_q_H
+    q_MD = tl.load(q_at[:, None] + d[None, :], mask=real_M[:, None] & real_D[None, :], other=0.0)
     table = table_RB + row.to(tl.int64) * stride_table
     peak_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total_M = tl.zeros((BLOCK_M,), tl.float32)
@@ -167,6 +168,7 @@ def merge_spans(
     num_tokens,
     num_heads,
     HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -179,17 +181,19 @@ def merge_spans(
     real_D = d < HEAD_DIM
     peak, total = float("-inf"), 0.0
     sum_D = tl.zeros((BLOCK_D,), tl.float32)
-    for span in range(0, tl.cdiv(tl.load(len_R + row), SPAN)):
+    context = tl.load(len_R + row)
+    first = 0
+    if WINDOW > 0:  # spans before it have written nothing
+        first = tl.maximum(context - WINDOW, 0) // SPAN
+    for span in range(first, tl.cdiv(context, SPAN)):
         flat = (span * num_tokens + token).to(tl.int64) * num_heads + head
         weight = tl.load(weight_XTH + flat)
-        # Spans before a sliding window have seen nothing.
-        if weight > float("-inf"):
-            part_D = tl.load(partial_XTHD + flat * HEAD_DIM + d, mask=real_D, other=0.0)
-            new_peak = tl.maximum(peak, weight)
-            keep, share = tl.exp2(peak - new_peak), tl.exp2(weight - new_peak)
-            sum_D = sum_D * keep + part_D * share
-            total = total * keep + share
-            peak = new_peak
+        part_D = tl.load(partial_XTHD + flat * HEAD_DIM + d, mask=real_D, other=0.0)
+        new_peak = tl.maximum(peak, weight)
+        keep, share = tl.exp2(peak - new_peak), tl.exp2(weight - new_peak)
+        sum_D = sum_D * keep + part_D * share
+        total = total * keep + share
+        peak = new_peak
     flat = token.to(tl.int64) * num_heads + head
     at = out_THD + flat * HEAD_DIM + d
     tl.store(at, (sum_D / total).to(out_THD.dtype.element_ty), mask=real_D)

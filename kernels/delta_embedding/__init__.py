@@ -1,5 +1,6 @@
 """Embedding rows of a fine-tune."""
 
+from deltaserve.kernels.delta_embedding.grouped import GroupedEmbeddings
 from deltaserve.kernels.delta_embedding.reference import delta_embedding
 
-__all__ = ["delta_embedding"]
+__all__ = ["GroupedEmbeddings", "delta_embedding"]

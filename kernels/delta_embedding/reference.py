@@ -44,7 +44,7 @@ def _delta_of_rows(enc: Encoded, ids_T: torch.Tensor) -> torch.Tensor:
     """The float32 difference of some rows, cut out of the packed parts where they allow it."""
     codec = cast(AdditiveCodec, CODECS[enc.codec])
     parts = enc.tensors
-    if enc.codec == "lowrank":
+    if enc.codec == "lowrank" and not enc.params.get("bits"):
         rows = {"u": parts["u"][ids_T], "v": parts["v"]}
     elif enc.codec == "nm24":
         rows = {name: part[ids_T] for name, part in parts.items()}

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from deltaserve.kernels.staging import to_device
+
 # Tensor cores take 8 or 16 rows at a time, so fewer would not be cheaper.
 CHUNK_ROWS = 16
 # From here on a segment reads its delta once, dequantised, through the library's matmul: the
@@ -31,7 +33,8 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class RowChunks:
-    """slot_C, start_C, end_C int32 on the device. slots: the deltas that occur among the chunks.
+    """slot_C, start_C, end_C int32 on the device. slots: the deltas that occur among the chunks;
+    None: any may, because the tensors will be written anew for a captured step.
 
     dense: the segments that are too long for chunks, known to the host alone.
     """
@@ -39,8 +42,12 @@ class RowChunks:
     slot_C: torch.Tensor
     start_C: torch.Tensor
     end_C: torch.Tensor
-    slots: frozenset[int]
-    dense: tuple[Segment, ...]
+    slots: frozenset[int] | None
+    dense: tuple[Segment, ...] = ()
+
+    def touch(self, slots: Iterable[int]) -> bool:
+        """Whether a launch for these slots is needed."""
+        return self.slots is None or not self.slots.isdisjoint(slots)
 
 
 def cut(segments: Iterable[Segment], device: torch.device | str, *, capacity: int = 0) -> RowChunks:
@@ -49,10 +56,23 @@ def cut(segments: Iterable[Segment], device: torch.device | str, *, capacity: in
     for segment in segments:
         if segment.end - segment.start >= DENSE_ROWS:
             dense.append(segment)
-            continue
-        for start in range(segment.start, segment.end, CHUNK_ROWS):
-            short.append((segment.slot, start, min(start + CHUNK_ROWS, segment.end)))
+        else:
+            short += _chunks_of(segment)
     slots = frozenset(slot for slot, _, _ in short)
-    short += [(BASE_SLOT, 0, 0)] * (capacity - len(short))
-    table_3C = torch.tensor(short, dtype=torch.int32).view(-1, 3).T.contiguous().to(device)
+    table_3C = to_device(_table(short, max(capacity, len(short))), device)
     return RowChunks(table_3C[0], table_3C[1], table_3C[2], slots, tuple(dense))
+
+
+def idle_table(segments: Iterable[Segment], capacity: int) -> torch.Tensor:
+    """[3, C] int32 on the host: all segments in chunks, to write into those of a captured step."""
+    return _table([chunk for segment in segments for chunk in _chunks_of(segment)], capacity)
+
+
+def _chunks_of(segment: Segment) -> list[tuple[int, int, int]]:
+    starts = range(segment.start, segment.end, CHUNK_ROWS)
+    return [(segment.slot, start, min(start + CHUNK_ROWS, segment.end)) for start in starts]
+
+
+def _table(chunks: list[tuple[int, int, int]], capacity: int) -> torch.Tensor:
+    padded = chunks + [(BASE_SLOT, 0, 0)] * (capacity - len(chunks))
+    return torch.tensor(padded, dtype=torch.int32).view(-1, 3).T.contiguous()

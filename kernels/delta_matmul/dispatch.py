@@ -25,20 +25,15 @@ def delta_matmul(
         reference.delta_matmul(y_TN, x_TK, enc, bias_N)
 
 
-def has_kernels(base_NK: torch.Tensor) -> bool:
-    """Whether the grouped kernels serve a layer: on a GPU, in the dtypes of its tensor cores."""
+def has_kernels(name: str, base_NK: torch.Tensor) -> bool:
+    """Whether the grouped kernels serve a layer: on a GPU, in the dtypes of its tensor cores.
+
+    Warns once, naming the first layer's parameter, where they do not.
+    """
     if base_NK.is_cuda and base_NK.dtype not in (torch.bfloat16, torch.float16):
-        _say_no_kernels(base_NK.dtype)
+        _warn(name, "all codecs", (), f"activations in {base_NK.dtype} (use bfloat16)")
         return False
     return base_NK.is_cuda
-
-
-@cache
-def _say_no_kernels(dtype: torch.dtype) -> None:
-    logger.warning(
-        "delta matmul in %s: kernels only for bfloat16 and float16, computed by the slow reference",
-        dtype,
-    )
 
 
 def takes_kernel(name: str, enc: Encoded, dtype: torch.dtype, *, bias: bool) -> bool:
@@ -72,7 +67,7 @@ def _warn(name: str, codec: str, shape: tuple[int, ...], reason: str) -> None:
             "delta matmul of %s %s (%s): no kernel for %s; it and others like it are computed "
             "by the slow reference",
             name,
-            list(shape),
+            list(shape) or "and all others",
             codec,
             reason,
         )

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from deltaserve.artifact.codecs.base import Encoded
-from deltaserve.kernels.delta_matmul import dispatch, reference
+from deltaserve.kernels.delta_matmul import dispatch
 from deltaserve.kernels.delta_matmul.chunks import RowChunks
+from deltaserve.kernels.delta_matmul.dense import apply_dense
 from deltaserve.kernels.delta_matmul.layout import FIELDS, Kind, Operand, lay_out
+from deltaserve.kernels.staging import to_device
 
 # Tables grow by whole steps, so that their addresses seldom change.
 TABLE_STEP = 64
@@ -21,32 +23,36 @@ class Table:
     """The operands of one kind, by slot.
 
     addresses_SF int64: fields of each slot's operand, zeros where there is none. scale_S float32.
+    num_outputs, rank: of the widest operand that there ever was, so that launches seldom change.
     """
 
     addresses_SF: torch.Tensor
     scale_S: torch.Tensor
     operands: dict[int, Operand] = field(default_factory=dict)
+    num_outputs: int = 0
+    rank: int = 0
 
     @classmethod
     def empty(cls, device: torch.device) -> Table:
         addresses_SF = torch.zeros(TABLE_STEP, FIELDS, dtype=torch.int64, device=device)
         return cls(addresses_SF, torch.zeros(TABLE_STEP, device=device))
 
-    @property
-    def num_outputs(self) -> int:
-        """Of the widest operand."""
-        return max(operand.num_outputs for operand in self.operands.values())
-
-    def put(self, slot: int, operand: Operand) -> None:
+    def put(self, slot: int, operand: Operand) -> bool:
+        """Whether launches change with it: the table moved, or a wider grid is needed."""
+        before = (self.num_outputs, self.rank, len(self.scale_S))
         missing = slot + 1 - len(self.scale_S)
         if missing > 0:
             more = -(-missing // TABLE_STEP) * TABLE_STEP
             self.addresses_SF = F.pad(self.addresses_SF, (0, 0, 0, more))
             self.scale_S = F.pad(self.scale_S, (0, more))
         fields = (*operand.fields, *[0] * (FIELDS - len(operand.fields)))
-        self.addresses_SF[slot] = torch.tensor(fields)
-        self.scale_S[slot] = operand.scale
+        self.addresses_SF[slot] = to_device(torch.tensor(fields), self.addresses_SF.device)
+        self.scale_S[slot] = operand.scale  # a fill: the number is an argument of the kernel
         self.operands[slot] = operand
+        self.num_outputs = max(self.num_outputs, operand.num_outputs)
+        if operand.ranks:
+            self.rank = max(self.rank, len(operand.parts[0]))
+        return before != (self.num_outputs, self.rank, len(self.scale_S))
 
     def drop(self, slot: int) -> None:
         if self.operands.pop(slot, None) is not None:
@@ -54,14 +60,19 @@ class Table:
 
 
 class GroupedDeltas:
-    """The weights of one layer that kernels apply, for all deltas of a step at once."""
+    """The weights of one layer that kernels apply, for all deltas of a step at once.
+
+    tables: by kind, and by the output at which their operands start. changes: how often captured
+    launches of this layer have become wrong.
+    """
 
     def __init__(self, name: str, base_NK: torch.Tensor, bias: bool) -> None:
         """name: the parameter, for messages. base_NK: the base's. bias: whether it has one."""
         self.name = name
         self.base_NK = base_NK
         self.bias = bias
-        self.tables: dict[Kind, Table] = {}
+        self.tables: dict[tuple[Kind, int], Table] = {}
+        self.changes = 0
 
     def __len__(self) -> int:
         return sum(len(table.operands) for table in self.tables.values())
@@ -75,23 +86,28 @@ class GroupedDeltas:
 
     def serves_layer(self) -> bool:
         """Whether there are kernels for this layer's device and dtype."""
-        return dispatch.has_kernels(self.base_NK)
+        return dispatch.has_kernels(self.name, self.base_NK)
 
-    def prepare(self, enc: Encoded) -> Operand | None:
-        """The operand as its kernel wants it, None if no kernel takes it. In any thread."""
-        if not dispatch.takes_kernel(self.name, enc, self.base_NK.dtype, bias=self.bias):
-            return None
-        return lay_out(enc)
+    def prepare(self, *encs: Encoded) -> Operand | None:
+        """The operand as its kernel wants it, None if no kernel takes it. In any thread.
 
-    def put(self, slot: int, operand: Operand) -> None:
-        """Cheap: an entry in a table."""
-        self.tables.setdefault(operand.kind, Table.empty(self.base_NK.device)).put(slot, operand)
+        Several encs are weights that stand side by side, if they are ``joinable``.
+        """
+        dtype = self.base_NK.dtype
+        takes = [dispatch.takes_kernel(self.name, enc, dtype, bias=self.bias) for enc in encs]
+        return lay_out(*encs) if all(takes) else None
+
+    def put(self, slot: int, operand: Operand, start: int = 0) -> None:
+        """Cheap: an entry in a table. start: the first output that the operand changes."""
+        key = operand.kind, start
+        new = key not in self.tables
+        table = self.tables.setdefault(key, Table.empty(self.base_NK.device))
+        self.changes += table.put(slot, operand) or new
 
     def detach(self, slot: int) -> None:
-        for kind, table in list(self.tables.items()):
+        """Tables stay when they are empty: they will be needed again."""
+        for table in self.tables.values():
             table.drop(slot)
-            if not table.operands:
-                del self.tables[kind]
 
     def apply(self, y_TN: torch.Tensor, x_TK: torch.Tensor, chunks: RowChunks) -> None:
         """Turn y, the base's output for x, into that of each row's delta, in place.
@@ -101,25 +117,12 @@ class GroupedDeltas:
         # Here, because machines without a GPU need no Triton.
         from deltaserve.kernels.delta_matmul import launch
 
-        for kind, table in self.tables.items():
-            if not chunks.slots.isdisjoint(table.operands):
-                launch.grouped(kind, table, y_TN, x_TK, chunks, len(self.base_NK))
+        for (kind, start), table in self.tables.items():
+            if chunks.touch(table.operands):
+                launch.grouped(kind, table, y_TN[:, start:], x_TK, chunks, len(self.base_NK))
             for segment in chunks.dense:
                 operand = table.operands.get(segment.slot)
                 if operand is not None:
                     rows = slice(segment.start, segment.end)
-                    _apply_dense(operand, y_TN[rows, : operand.enc.shape[0]], x_TK[rows])
-
-
-def _apply_dense(operand: Operand, y_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
-    """Many rows of one delta: its weight is unpacked once and the library multiplies."""
-    from deltaserve.kernels.delta_matmul import launch
-
-    if operand.kind.codec in ("lowrank", "rows"):
-        reference.delta_matmul(y_TN, x_TK, operand.enc)
-        return
-    dense_NK = launch.dequantised(operand, x_TK.shape[1], x_TK.dtype)
-    if operand.kind.indexed:
-        y_TN.index_add_(1, operand.parts[2].long(), F.linear(x_TK, dense_NK))
-    else:
-        y_TN.addmm_(x_TK, dense_NK.T)
+                    columns = slice(start, start + operand.enc.shape[0])
+                    apply_dense(operand, y_TN[rows, columns], x_TK[rows])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ import triton
 from deltaserve.kernels.delta_matmul import triton as packed
 from deltaserve.kernels.delta_matmul import triton_dense as dense
 from deltaserve.kernels.delta_matmul.chunks import CHUNK_ROWS, RowChunks
-from deltaserve.kernels.delta_matmul.layout import FIELDS, QUAD, Kind, Operand
+from deltaserve.kernels.delta_matmul.layout import FIELDS, LANES, QUAD, Kind, Operand
 
 if TYPE_CHECKING:
     from deltaserve.kernels.delta_matmul.grouped import Table
@@ -22,6 +23,8 @@ MAX_SPLIT = 8
 TILE_INPUTS = 512
 SHRINK_SPLIT = 8
 BLOCK_K = 64
+MAX_REGISTERS = 255
+WIDEST = (1, LANES[1][0])
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,23 @@ TILES = {
 }
 DENSE_TILE = Tile(64, 4, 3)
 ADD_TILE = Tile(256, 4, 1)
+
+
+def register_limit(capability: tuple[int, int], kind: tuple[int, int]) -> dict[str, int]:
+    """The packed kernels' compiler options; kind: (bits, lanes).
+
+    Left alone, ptxas for GPUs before Hopper parks two to four values on the stack to fit one more
+    program on a multiprocessor; with the widest words of 1 bit, the limit itself makes it do so.
+    """
+    limited = capability < (9, 0) and kind != WIDEST
+    return {"maxnreg": MAX_REGISTERS} if limited else {}
+
+
+@cache
+def _own_limit(bits: int, lanes: int) -> dict[str, int]:
+    if not torch.cuda.is_available():
+        return {}
+    return register_limit(torch.cuda.get_device_capability(), (bits, lanes))
 
 
 def grouped(
@@ -105,6 +125,7 @@ def _packed(
         BLOCK_N=tile.block_n,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **_own_limit(kind.bits, kind.lanes),
     )
     if split > 1:
         packed.add_partials[(len(chunks.slot_C), triton.cdiv(width, ADD_TILE.block_n))](
@@ -127,7 +148,7 @@ def _lowrank(
     kind: Kind, table: Table, y_TN: torch.Tensor, x_TK: torch.Tensor, chunks: RowChunks
 ) -> None:
     num_rows, num_in = x_TK.shape
-    rank = max(operand.parts[0].shape[0] for operand in table.operands.values())
+    rank = table.rank
     partial_XTR = torch.empty(SHRINK_SPLIT, num_rows, rank, device=y_TN.device)
     routing = (chunks.slot_C, chunks.start_C, chunks.end_C)
     sizes = {

@@ -11,7 +11,9 @@ nothing unpacked passes through shared memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch.nn.functional import pad
@@ -30,8 +32,10 @@ QUADS_PER_WORD = 4
 NM24_LANES = 16
 RANK_BLOCKS = (16, 32, 64)
 # Columns of the address table. Packed: words, scales, places of the kept or listed outputs, N,
-# planes, steps per group; low rank: v, u, N, padded rank; rows: values, listed outputs, count.
-FIELDS = 6
+# planes, steps per group; low rank: v, u, N, ranks of all parts, of one part, where the first and
+# the second part end; rows: values, listed outputs, count.
+FIELDS = 8
+MAX_PARTS = 3
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -55,9 +59,9 @@ class Kind:
 class Operand:
     """One delta's weight in one layer, laid out.
 
-    fields: its row of the address table, see ``FIELDS``. parts: what the addresses point to.
-    scale: a factor of the whole. num_outputs: N, or the stored rows. enc: shape and settings;
-    its tensors are there only for ``lowrank`` and ``rows``, which are kept as they are.
+    fields: its row of the address table, see ``FIELDS``; the first are the addresses of parts.
+    scale: a factor of the whole. num_outputs: N, or the stored rows. enc: shape and settings,
+    without tensors. ranks: of each low-rank factor pair, and its number of outputs.
     """
 
     kind: Kind
@@ -66,6 +70,13 @@ class Operand:
     num_outputs: int
     enc: Encoded
     scale: float = 1.0
+    ranks: tuple[tuple[int, int], ...] = ()
+
+    def moved(self, put: Callable[[torch.Tensor], torch.Tensor]) -> Operand:
+        """The same with its parts elsewhere, where ``put`` copies them."""
+        parts = tuple(put(part) for part in self.parts)
+        fields = (*(part.data_ptr() for part in parts), *self.fields[len(parts) :])
+        return replace(self, parts=parts, fields=fields)
 
 
 def refusal(enc: Encoded, dtype: torch.dtype) -> str | None:
@@ -77,6 +88,8 @@ def refusal(enc: Encoded, dtype: torch.dtype) -> str | None:
             return f"{enc.params['bits']} bits"
         group = enc.params["group_size"]
         return f"group size {group}" if group % (NM24_LANES * QUAD) else None
+    if enc.codec == "lowrank" and enc.params.get("bits"):
+        return "quantised factors"
     if enc.codec in ("lowrank", "rows"):
         floats = [t for t in enc.tensors.values() if t.is_floating_point()]
         if enc.codec == "rows" and enc.params["bits"]:
@@ -98,10 +111,24 @@ def _int_refusal(params: dict[str, object]) -> str | None:
     return f"group size {group}" if group % 16 else None
 
 
-def lay_out(enc: Encoded) -> Operand:
-    """The operand of ``enc``, on the device of its tensors. ``refusal`` must have been None."""
-    if enc.codec == "lowrank":
-        return _lowrank(enc)
+def joinable(encs: Sequence[Encoded]) -> bool:
+    """Whether operands that share their input can be one, their outputs side by side."""
+    codecs = {enc.codec for enc in encs}
+    if len(encs) < 2 or len(encs) > MAX_PARTS or len(codecs) > 1 or codecs & {"rows", "raw"}:
+        return False
+    if codecs == {"lowrank"}:
+        return len({enc.params.get("scale", 1.0) for enc in encs}) == 1
+    return all(enc.params == encs[0].params for enc in encs)
+
+
+def lay_out(*encs: Encoded) -> Operand:
+    """The operand of ``encs``, on the device of their tensors. ``refusal`` must have been None.
+
+    Several must be ``joinable``: weights of one input, side by side as one.
+    """
+    if encs[0].codec == "lowrank":
+        return _lowrank(encs)
+    enc = encs[0] if len(encs) == 1 else _joined(encs)
     if enc.codec == "nm24":
         return _nm24(enc)
     if enc.codec == "int":
@@ -158,25 +185,45 @@ def _nm24(enc: Encoded) -> Operand:
     return Operand(kind, fields, (words, scales, places), rows, replace(enc, tensors={}))
 
 
-def _lowrank(enc: Encoded) -> Operand:
-    """v [R, K] and u [N, R], R padded with zeros to whole blocks."""
-    u_NR, v_RK = enc.tensors["u"], enc.tensors["v"]
-    rank = u_NR.shape[1]
-    block = next((size for size in RANK_BLOCKS if rank <= size), RANK_BLOCKS[-1])
-    padding = -rank % block
-    v, u = pad(v_RK, (0, 0, 0, padding)), pad(u_NR, (0, padding))
-    fields = (v.data_ptr(), u.data_ptr(), len(u), rank + padding)
-    # Views of the padded factors: nothing is held twice.
-    kept = replace(enc, tensors={"u": u[:, :rank], "v": v[:rank]})
+def _joined(encs: Sequence[Encoded]) -> Encoded:
+    """``int`` or ``nm24`` matrices with the same settings as one."""
+    rows = [matrix_shape(enc.shape)[0] for enc in encs]
+    params, tensors = dict(encs[0].params), {}
+    for name in encs[0].tensors:
+        parts = [enc.tensors[name] for enc in encs]
+        if name == "scales":  # one of the whole matrix becomes one of each row
+            parts = [
+                part.expand(*part.shape[:-2], count, -1)
+                for part, count in zip(parts, rows, strict=True)
+            ]
+        tensors[name] = torch.cat(parts, dim=-2)
+    if params.get("scale_axis") == "tensor":
+        params["scale_axis"] = "row"
+    return replace(encs[0], params=params, shape=(sum(rows), encs[0].shape[1]), tensors=tensors)
+
+
+def _lowrank(encs: Sequence[Encoded]) -> Operand:
+    """v [parts * R, K] and u [N, R], R padded with zeros to whole blocks, the same for all."""
+    ranks = [enc.tensors["u"].shape[1] for enc in encs]
+    block = next((size for size in RANK_BLOCKS if max(ranks) <= size), RANK_BLOCKS[-1])
+    rank = -(-max(ranks) // block) * block
+    gaps = [rank - own for own in ranks]
+    v = torch.cat([pad(e.tensors["v"], (0, 0, 0, gap)) for e, gap in zip(encs, gaps, strict=True)])
+    u = torch.cat([pad(e.tensors["u"], (0, gap)) for e, gap in zip(encs, gaps, strict=True)])
+    ends = list(accumulate(len(enc.tensors["u"]) for enc in encs))
+    ends += [len(u)] * (MAX_PARTS - len(ends))
+    fields = (v.data_ptr(), u.data_ptr(), len(u), len(v), rank, *ends[:2])
+    enc = replace(encs[0], shape=(len(u), encs[0].shape[1]), tensors={})
+    own = tuple((r, len(e.tensors["u"])) for r, e in zip(ranks, encs, strict=True))
     scale = float(enc.params.get("scale", 1.0))
-    return Operand(Kind("lowrank", block=block), fields, (v, u), len(u), kept, scale)
+    return Operand(Kind("lowrank", block=block), fields, (v, u), len(u), enc, scale, own)
 
 
 def _rows(enc: Encoded) -> Operand:
     """values [R, K] and the outputs' places [R], as stored."""
     values, index = enc.tensors["values"].contiguous(), enc.tensors["index"].contiguous()
     fields = (values.data_ptr(), index.data_ptr(), len(index))
-    return Operand(Kind("rows"), fields, (values, index), len(index), enc)
+    return Operand(Kind("rows"), fields, (values, index), len(index), replace(enc, tensors={}))
 
 
 def _merge(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from deltaserve.artifact.codecs import CODECS
 from deltaserve.artifact.codecs.base import AdditiveCodec, Encoded
+from deltaserve.artifact.codecs.lowrank import LowRankCodec
 from deltaserve.artifact.codecs.rows import RowsCodec
 
 
@@ -25,8 +26,9 @@ def delta_matmul(
     elif enc.codec == "rows":
         _rows(y_TN, x_TK, enc, bias_N)
     elif enc.codec == "lowrank":
-        h_TR = F.linear(x_TK, enc.tensors["v"])
-        y_TN.add_(F.linear(h_TR, enc.tensors["u"]), alpha=enc.params.get("scale", 1.0))
+        u_NR, v_RK = cast(LowRankCodec, CODECS["lowrank"]).factors(enc)
+        h_TR = F.linear(x_TK, v_RK.to(x_TK.dtype))
+        y_TN.add_(F.linear(h_TR, u_NR.to(x_TK.dtype)), alpha=enc.params.get("scale", 1.0))
     else:
         codec = cast(AdditiveCodec, CODECS[enc.codec])
         y_TN.add_(F.linear(x_TK, codec.delta(enc).to(x_TK.dtype)))

@@ -103,7 +103,11 @@ def lowrank_expand(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """y += scale * u @ h, grid (C, blocks of N); h is summed over its partial sums in order."""
+    """y += scale * u @ h, grid (C, blocks of N); h is summed over its partial sums in order.
+
+    Up to three projections of one input lie side by side, each with its own part of h: a tile of
+    outputs multiplies by the parts that it touches, mostly one.
+    """
     chunk = tl.program_id(0)
     slot = tl.load(slot_C + chunk)
     fields = table_SF + slot * FIELDS
@@ -111,21 +115,30 @@ def lowrank_expand(
     if tl.program_id(1) * BLOCK_N >= num_out:
         return
     row_M, real_M = chunk_rows(start_C, end_C, chunk, BLOCK_M)
-    rank = tl.multiple_of(tl.load(fields + 3).to(tl.int32), 16)
+    rank = tl.multiple_of(tl.load(fields + 4).to(tl.int32), 16)
     dtype: tl.constexpr = y_TN.dtype.element_ty
     u_NR = operand(tl.load(fields + 1), dtype)
-    n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = tl.program_id(1) * BLOCK_N
+    n_N = first_n + tl.arange(0, BLOCK_N)
+    end_0, end_1 = tl.load(fields + 5), tl.load(fields + 6)
+    last_n = tl.minimum(first_n + BLOCK_N, num_out) - 1
+    first_part = (first_n >= end_0).to(tl.int32) + (first_n >= end_1).to(tl.int32)
+    last_part = (last_n >= end_0).to(tl.int32) + (last_n >= end_1).to(tl.int32)
+    part_N = (n_N >= end_0).to(tl.int32) + (n_N >= end_1).to(tl.int32)
     real_N = n_N < num_out
     sum_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for first in range(0, rank, BLOCK_R):
-        r_B = first + tl.arange(0, BLOCK_R)
-        u_NB = tl.load(u_NR + n_N[:, None] * rank + r_B[None, :], mask=real_N[:, None], other=0.0)
-        h_BM = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-        for split in tl.static_range(SPLIT):
-            row_at = (split * num_rows + row_M).to(tl.int64) * width
-            at = partial_XTR + row_at[None, :] + r_B[:, None]
-            h_BM += tl.load(at, mask=real_M[None, :], other=0.0)
-        sum_NM = tl.dot(u_NB, h_BM.to(dtype), sum_NM, input_precision="ieee")
+    for part in range(first_part, last_part + 1):
+        own_N = real_N & (part_N == part)
+        for first in range(0, rank, BLOCK_R):
+            r_B = first + tl.arange(0, BLOCK_R)
+            u_at = u_NR + n_N[:, None].to(tl.int64) * rank + r_B[None, :]
+            u_NB = tl.load(u_at, mask=own_N[:, None], other=0.0)
+            h_BM = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+            for split in tl.static_range(SPLIT):
+                row_at = (split * num_rows + row_M).to(tl.int64) * width + part * rank
+                at = partial_XTR + row_at[None, :] + r_B[:, None]
+                h_BM += tl.load(at, mask=real_M[None, :], other=0.0)
+            sum_NM = tl.dot(u_NB, h_BM.to(dtype), sum_NM, input_precision="ieee")
     sum_NM *= tl.load(scale_S + slot)
     add_to_output(y_TN, stride_y, row_M, real_M, n_N, real_N, sum_NM)
 

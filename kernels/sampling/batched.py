@@ -2,7 +2,8 @@
 
 Same tokens as ``reference``, without sorting the vocabulary: greedy rows take the argmax, rows
 that cut nothing add up blocks of weights and look into one, and rows with top_k or top_p sort
-some of the likeliest tokens only. Where these turn out to be too few, the reference decides.
+some of the likeliest tokens only. Where these turn out to be too few, the reference decides: that
+is found out on the device, and told with the tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from deltaserve.kernels.sampling import reference
+from deltaserve.kernels.staging import to_device
 
 BLOCK = 256
 CANDIDATES = 1024
@@ -37,25 +39,48 @@ class Draw:
 
 
 def sample(logits_RV: torch.Tensor, draws: Sequence[Draw | None]) -> list[int]:
-    """Token of each row of float32 logits; None is the likeliest. See ``reference.sample``."""
+    """Token of each row of float32 logits; None is the likeliest. See ``reference.sample``.
+
+    Waits for the device once, when everything has been launched.
+    """
+    tokens_R, enough_R = launch(logits_RV, draws)
+    tokens, enough = torch.stack([tokens_R, enough_R.long()]).tolist()
+    return [
+        token if right else _settle(logits_RV[row : row + 1], draws[row])
+        for row, (token, right) in enumerate(zip(tokens, enough, strict=True))
+    ]
+
+
+def launch(
+    logits_RV: torch.Tensor, draws: Sequence[Draw | None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens [R], whether they are right [R]) on the device; waits for nothing."""
     kinds = [0 if draw is None else 1 + draw.cuts for draw in draws]
-    tokens_R = torch.empty(len(draws), dtype=torch.long, device=logits_RV.device)
+    tokens_R = torch.zeros(len(draws), dtype=torch.long, device=logits_RV.device)
+    enough_R = torch.ones(len(draws), dtype=torch.bool, device=logits_RV.device)
     for kind, pick in enumerate((_greedy, _whole, _cut)):
         rows = [row for row, own in enumerate(kinds) if own == kind]
         if len(rows) == len(draws):
-            tokens_R = pick(logits_RV, [draw for draw in draws if draw is not None])
-        elif rows:
-            index = torch.tensor(rows, device=logits_RV.device)
+            return pick(logits_RV, [draw for draw in draws if draw is not None])
+        if rows:
+            index = _on_device(rows, torch.long, logits_RV)
             chosen = [draw for row in rows if (draw := draws[row]) is not None]
-            tokens_R[index] = pick(logits_RV[index], chosen)
-    return [int(token) for token in tokens_R.tolist()]
+            tokens_R[index], enough_R[index] = pick(logits_RV[index], chosen)
+    return tokens_R, enough_R
 
 
-def _greedy(logits_RV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    return logits_RV.argmax(-1)
+Picked = tuple[torch.Tensor, torch.Tensor]
 
 
-def _whole(logits_RV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+def _greedy(logits_RV: torch.Tensor, draws: list[Draw]) -> Picked:
+    return _surely(logits_RV.argmax(-1))
+
+
+def _surely(tokens_R: torch.Tensor) -> Picked:
+    return tokens_R, torch.ones_like(tokens_R, dtype=torch.bool)
+
+
+def _whole(logits_RV: torch.Tensor, draws: list[Draw]) -> Picked:
     """From the whole distribution: first the block, then the token in it."""
     weights_RNB = _weights(_scaled(logits_RV, draws))
     cdf_RN = weights_RNB.sum(-1, dtype=torch.float64).cumsum(-1)
@@ -68,16 +93,16 @@ def _whole(logits_RV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
     rest_R1 = uniform_R[:, None] * cdf_RN[:, -1:] - before_R1
     place_R1 = torch.searchsorted(inner_RB, rest_R1, right=True)
     last_R1 = (inner_RB < inner_RB[:, -1:]).sum(-1, keepdim=True)
-    return (block_R1 * BLOCK + torch.minimum(place_R1, last_R1))[:, 0]
+    return _surely((block_R1 * BLOCK + torch.minimum(place_R1, last_R1))[:, 0])
 
 
-def _cut(logits_RV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+def _cut(logits_RV: torch.Tensor, draws: list[Draw]) -> Picked:
     """From the likeliest tokens."""
     size = logits_RV.shape[1]
     tops = [draw.top_k for draw in draws]
     wanted = max(tops) + SPARE if min(tops) > 0 else max(CANDIDATES, max(tops) + SPARE)
     values_RC, ids_RC = _likeliest(logits_RV, draws, min(wanted, size))
-    top_k_R1 = torch.tensor(tops, device=logits_RV.device)[:, None]
+    top_k_R1 = _on_device(tops, torch.long, logits_RV)[:, None]
     kth_R1 = values_RC.gather(1, top_k_R1.clamp(1, values_RC.shape[1]) - 1)
     dropped_RC = (top_k_R1 > 0) & (values_RC < kth_R1)
     weights_RC = torch.exp(values_RC - values_RC[:, :1]).double().masked_fill(dropped_RC, 0.0)
@@ -93,13 +118,12 @@ def _cut(logits_RV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
     uniform_R = _doubles([draw.uniform for draw in draws], logits_RV)
     place_R1 = reference.pick(kept_RC.cumsum(-1), uniform_R)
     tokens_R = ids_RC.gather(1, place_R1)[:, 0]
-    if values_RC.shape[1] < size:
-        # Are all that belong to the kept ones among the candidates? Equals of the last may not be.
-        ends_RC = torch.where(top_k_R1 > 0, dropped_RC, over_RC)
-        masked_R = values_RC[:, -1] == -torch.inf  # and so is what follows
-        enough_R = masked_R | (ends_RC[:, -1] & _falls(values_RC, ends_RC))
-        _settle(tokens_R, logits_RV, draws, enough_R)
-    return tokens_R
+    if values_RC.shape[1] == size:
+        return _surely(tokens_R)
+    # Are all that belong to the kept ones among the candidates? Equals of the last may not be.
+    ends_RC = torch.where(top_k_R1 > 0, dropped_RC, over_RC)
+    masked_R = values_RC[:, -1] == -torch.inf  # and so is what follows
+    return tokens_R, masked_R | (ends_RC[:, -1] & _falls(values_RC, ends_RC))
 
 
 def _falls(values_RC: torch.Tensor, ends_RC: torch.Tensor) -> torch.Tensor:
@@ -108,19 +132,17 @@ def _falls(values_RC: torch.Tensor, ends_RC: torch.Tensor) -> torch.Tensor:
     return (values_RC.gather(1, last_R1) > values_RC[:, -1:])[:, 0]
 
 
-def _settle(
-    tokens_R: torch.Tensor, logits_RV: torch.Tensor, draws: list[Draw], enough_R: torch.Tensor
-) -> None:
-    """Draw the rows again, from the whole vocabulary, whose candidates were not enough."""
-    for row in (~enough_R).nonzero()[:, 0].tolist():
-        draw, like = draws[row], logits_RV
-        tokens_R[row] = reference.sample(
-            logits_RV[row : row + 1],
-            torch.tensor([draw.temperature], device=like.device),
-            torch.tensor([draw.top_k], device=like.device),
-            _doubles([draw.top_p], like),
-            _doubles([draw.uniform], like),
-        )[0]
+def _settle(logits_1V: torch.Tensor, draw: Draw | None) -> int:
+    """Draw one row again, from the whole vocabulary: its candidates were not enough."""
+    assert draw is not None
+    token_1 = reference.sample(
+        logits_1V,
+        _on_device([draw.temperature], torch.float32, logits_1V),
+        _on_device([draw.top_k], torch.long, logits_1V),
+        _doubles([draw.top_p], logits_1V),
+        _doubles([draw.uniform], logits_1V),
+    )
+    return int(token_1[0])
 
 
 def _likeliest(
@@ -134,8 +156,8 @@ def _likeliest(
 
 
 def _scaled(logits: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    temperature_R1 = torch.tensor([[d.temperature] for d in draws], device=logits.device)
-    return logits / temperature_R1
+    temperature_R = _on_device([d.temperature for d in draws], torch.float32, logits)
+    return logits / temperature_R[:, None]
 
 
 def _weights(scaled_RV: torch.Tensor) -> torch.Tensor:
@@ -146,4 +168,8 @@ def _weights(scaled_RV: torch.Tensor) -> torch.Tensor:
 
 
 def _doubles(values: list[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)
+    return _on_device(values, torch.float64, like)
+
+
+def _on_device(values: Sequence[float], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    return to_device(torch.tensor(values, dtype=dtype), like.device)

@@ -81,10 +81,18 @@ def test_goals_and_codecs_exclude_each_other(models, tmp_path, capsys):
     assert "choose the codecs themselves" in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_there(models, tmp_path, capsys):
+    assert compress(models, tmp_path / "d", "--device", "cuda:77") == 2
+    err = capsys.readouterr().err
+    assert "--device cuda:77 cannot be used here" in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "option", [("--samples", "5"), ("--seq-len", "32"), ("--seed", "3"), ("--device", "cuda")]
 )
 def test_options_of_calibration_are_not_ignored_without_it(models, tmp_path, capsys, option):
-    assert compress(models, tmp_path / "d", *option) == 2
+    assert compress(models, tmp_path / "d", "--plain", *option) == 2
     assert "are for calibration" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()

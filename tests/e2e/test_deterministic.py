@@ -157,13 +157,13 @@ def test_random_crowds_do_not_change_a_bit(llama, lengths, budget: int, own: int
 
 
 def test_a_machine_that_cannot_is_told_at_the_start(llama, monkeypatch) -> None:
-    decode = DeterministicRunner._decode
+    decode = DeterministicRunner.decode
 
     def uneven(self: DeterministicRunner, *args: torch.Tensor) -> torch.Tensor:
         hidden = decode(self, *args)
         hidden[-1] += 1e-4
         return hidden
 
-    monkeypatch.setattr(DeterministicRunner, "_decode", uneven)
+    monkeypatch.setattr(DeterministicRunner, "decode", uneven)
     with pytest.raises(ConfigError, match="deterministic mode is not possible here"):
         make_engine(llama[0], {}, deterministic=True)

@@ -14,8 +14,8 @@ import pytest
 
 from deltaserve.compress.run import compress
 from deltaserve.engine.core import Engine
-from deltaserve.engine.layers import part_of
 from deltaserve.engine.loader import THREADS
+from deltaserve.engine.projections import part_of
 from deltaserve.engine.types import EngineRequest, FinishReason, TokenEvent
 from deltaserve.errors import BaseMismatchError, ConfigError, UnknownModelError
 from tests.engine_helpers import BASE, greedy, make_engine, run

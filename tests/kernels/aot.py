@@ -23,6 +23,9 @@ from triton.compiler import ASTSource
 
 from deltaserve.kernels.attention import launch as attention_launch
 from deltaserve.kernels.attention import triton as attention
+from deltaserve.kernels.attention.batch import SPAN
+from deltaserve.kernels.delta_embedding import launch as embedding_launch
+from deltaserve.kernels.delta_embedding import triton as embedding
 from deltaserve.kernels.delta_matmul import launch
 from deltaserve.kernels.delta_matmul import triton as packed
 from deltaserve.kernels.delta_matmul import triton_dense as dense
@@ -34,6 +37,7 @@ CAPABILITIES = (80, 90)
 TYPES = {
     "table_SF": "*i64",
     "slot_T": "*i64",
+    "id_T": "*i64",
     "table_RB": "*i64",
     "slot_C": "*i32",
     "start_C": "*i32",
@@ -52,7 +56,10 @@ TYPES = {
     "scale": "fp32",
     "softcap": "fp32",
 }
-ACTIVATIONS = ("y_TN", "x_TK", "out_NK", "out_THD", "q_THD", "k_cache", "v_cache", "k_TGD", "v_TGD")
+ACTIVATIONS = (
+    *("y_TN", "x_TK", "out_NK", "out_TD", "out_THD", "q_THD"),
+    *("k_cache", "v_cache", "k_TGD", "v_TGD"),
+)
 WORDS = {("int", 1): "*u8", ("int", 2): "*i16", ("int", 4): "*i32", ("nm24", 2): "*i16"}
 
 
@@ -72,12 +79,15 @@ class Config:
 def configs() -> Iterator[Config]:
     yield from _packed()
     yield from _dense()
+    yield from _embedding()
     yield from _attention()
 
 
 def _packed() -> Iterator[Config]:
     for (codec, bits), tile in launch.TILES.items():
-        for lanes in LANES[bits] if codec == "int" else (NM24_LANES,):
+        widths = LANES[bits] if codec == "int" else (NM24_LANES,)
+        most = widths[0]
+        for lanes in widths:
             steps = 8 if codec == "int" else 4
             for run in (1, 2, steps):
                 for indexed, split in ((False, 4), (False, 1), (True, 1)):
@@ -96,7 +106,7 @@ def _packed() -> Iterator[Config]:
                         },
                         tile.warps,
                         tile.stages,
-                        fast=split == 4 and run == 1 and lanes in (NM24_LANES, LANES[bits][0]),
+                        fast=split == 4 and run == 1 and lanes == most,
                     )
             constants = {**common, "BLOCK_N": tile.block_n}
             label = f"dequantise {codec} {bits} bits, {lanes} lanes"
@@ -127,6 +137,24 @@ def _dense() -> Iterator[Config]:
     yield Config("listed rows", dense.listed_rows, rows, tile.warps, tile.stages, fast=True)
 
 
+def _embedding() -> Iterator[Config]:
+    for bits, widths in LANES.items():
+        for lanes in widths:
+            for indexed in (False, True):
+                constants = {"BITS": bits, "LANES": lanes, "INDEXED": indexed, "FIELDS": FIELDS}
+                yield Config(
+                    f"embedding {bits} bits, {lanes} lanes, indexed {indexed}",
+                    embedding.embed_packed,
+                    constants,
+                    warps=1,
+                    stages=3,
+                    fast=indexed and bits == 2 and lanes == widths[0],
+                    product=False,
+                )
+    sizes = {"FIELDS": FIELDS, "BLOCK_D": embedding_launch.BLOCK_D}
+    yield Config("embedding of rows", embedding.embed_listed, sizes, 4, 3, fast=True, product=False)
+
+
 def _attention() -> Iterator[Config]:
     for dim in (64, 128, 256):
         for rows, split in (
@@ -145,7 +173,7 @@ def _attention() -> Iterator[Config]:
                         "WINDOW": window,
                         "SOFTCAP": softcap,
                         "SPLIT": split,
-                        "SPAN": attention_launch.SPAN,
+                        "SPAN": SPAN,
                         "BLOCK_M": rows,
                         "BLOCK_L": block_l,
                         "BLOCK_D": dim,
@@ -156,7 +184,7 @@ def _attention() -> Iterator[Config]:
                 )
         sizes = {"HEAD_DIM": dim, "BLOCK_D": dim}
         yield Config("write kv", attention.scatter_kv, sizes, 1, 3, product=False)
-        merge = sizes | {"SPAN": attention_launch.SPAN}
+        merge = sizes | {"WINDOW": 4096, "SPAN": SPAN}
         yield Config("merge spans", attention.merge_spans, merge, 1, 3, product=False)
 
 
@@ -175,6 +203,10 @@ def examine(config: Config, dtype: str, capability: int) -> dict[str, Any]:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(config.kernel, signature, constexprs=config.constants, attrs=attributes)
     options = {"num_warps": config.warps, "num_stages": config.stages}
+    if config.kernel is packed.packed_matmul:
+        options |= launch.register_limit(
+            divmod(capability, 10), (config.constants["BITS"], config.constants["LANES"])
+        )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return {
         "label": config.label,

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaserve.kernels.attention import PagedBatch, launch, reference
+from deltaserve.kernels.attention.batch import MAX_SPANS, SPAN, span_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS = [(reference, "cpu"), (launch, DEVICE)]
@@ -65,6 +66,7 @@ def make(
     dim: int = 8,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    span: int = SPAN,
 ) -> Case:
     """Sequences of (tokens before, new tokens), their blocks scattered over the cache."""
     torch.manual_seed(seed)
@@ -89,7 +91,7 @@ def make(
         slot_mapping.append(slots[before:])
         starts.append(starts[-1] + new)
     mapping = torch.cat(slot_mapping).to(device)
-    batch = PagedBatch(mapping, table.to(device), lens, starts, block_size)
+    batch = PagedBatch(mapping, table.to(device), lens, starts, block_size, span)
     return Case(batch, (k_cache.to(device), v_cache.to(device)), queries, keys, values)
 
 
@@ -109,7 +111,7 @@ def dense(
     return torch.einsum("hsl,lhd->shd", probs, v)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(sequence, min_size=1, max_size=6),
     st.sampled_from([(4, 4), (4, 2), (6, 1)]),
@@ -135,13 +137,10 @@ def test_paged_equals_dense(
 
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize(("dim", "dtype"), [(24, torch.float32), (64, torch.float16)])
-def test_long_contexts_are_cut_into_spans(
-    dim: int, dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_contexts_are_cut_into_spans(dim: int, dtype: torch.dtype, window: int | None) -> None:
     """Decode rows of one to four spans beside a prefill of more than one block of queries."""
-    monkeypatch.setattr(launch, "SPAN", 64)
     sequences = [(200, 1), (0, 1), (63, 1), (90, 40)]
-    case = make(sequences, (6, 2), 16, seed=1, dim=dim, dtype=dtype, device=DEVICE)
+    case = make(sequences, (6, 2), 16, seed=1, dim=dim, dtype=dtype, device=DEVICE, span=64)
     out = case.run(launch, window, None)
     tolerance = 1e-5 if dtype == torch.float32 else 4e-3
     torch.testing.assert_close(
@@ -149,11 +148,10 @@ def test_long_contexts_are_cut_into_spans(
     )
 
 
-def test_a_row_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
     """Bit for bit: alone, where one span suffices, and beside a sequence that has many."""
-    monkeypatch.setattr(launch, "SPAN", 64)
     for before in (40, 130):
-        among = make([(before, 1), (300, 1)], (4, 2), 16, seed=before, device=DEVICE)
+        among = make([(before, 1), (300, 1)], (4, 2), 16, seed=before, device=DEVICE, span=64)
         batch = among.batch
         alone = Case(
             PagedBatch(
@@ -162,6 +160,7 @@ def test_a_row_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch
                 batch.context_lens[:1],
                 batch.query_starts[:2],
                 batch.block_size,
+                64,
             ),
             among.cache,
             among.queries[:1],
@@ -169,6 +168,50 @@ def test_a_row_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch
             among.values[:1],
         )
         assert torch.equal(alone.run(launch, None, None), among.run(launch, None, None)[:1])
+
+
+@pytest.mark.parametrize("implementation", [reference, launch])
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_static_batch_gives_what_its_rows_give(
+    implementation: ModuleType, window: int | None
+) -> None:
+    """Launched for the longest context, filled with shorter ones and a row of padding."""
+    device = DEVICE if implementation is launch else "cpu"
+    case = make([(130, 1), (0, 1), (63, 1)], (4, 2), 16, seed=2, device=device, span=64)
+    table = torch.zeros(4, 20, dtype=torch.long, device=device)
+    table[:3, : case.batch.block_table_RB.shape[1]] = case.batch.block_table_RB
+    unused = set(range(len(case.cache[0]) // 16)) - set(
+        case.batch.block_table_RB.flatten().tolist()
+    )
+    spare = 16 * unused.pop()
+    batch = PagedBatch.static(
+        torch.cat([case.batch.slot_mapping_T, torch.tensor([spare], device=device)]),
+        table,
+        torch.tensor([131, 1, 64, 1], dtype=torch.int32, device=device),
+        longest=300,
+        block_size=16,
+        span=64,
+    )
+    padding = [torch.randn_like(part[0][-1:]) for part in (case.queries, case.keys, case.values)]
+    static = Case(
+        batch,
+        case.cache,
+        [*case.queries, padding[0]],
+        [*case.keys, padding[1]],
+        [*case.values, padding[2]],
+    )
+    out = static.run(implementation, window, None)
+    assert torch.isfinite(out).all()
+    expected = case.run(implementation, window, None)
+    if implementation is launch:
+        assert torch.equal(out[:3], expected)
+    else:
+        torch.testing.assert_close(out[:3], expected)
+
+
+def test_an_engine_cuts_contexts_into_few_spans() -> None:
+    assert span_of(100) == span_of(SPAN * MAX_SPANS) == SPAN
+    assert span_of(131072) == 8192
 
 
 def test_padding_slots_are_not_written() -> None:

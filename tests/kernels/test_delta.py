@@ -114,6 +114,9 @@ def test_no_changed_rows_leaves_the_base() -> None:
 def test_a_dtype_without_kernels_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     weight = SimpleNamespace(is_cuda=True, dtype=torch.float32)
     for _ in range(2):
-        assert not dispatch.has_kernels(weight)  # type: ignore[arg-type]
+        assert not dispatch.has_kernels("layer.weight", weight)  # type: ignore[arg-type]
     assert caplog.text.count("computed by the slow reference") == 1
-    assert dispatch.has_kernels(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16))  # type: ignore[arg-type]
+    assert dispatch.has_kernels(
+        "layer.weight",
+        SimpleNamespace(is_cuda=True, dtype=torch.bfloat16),
+    )  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from deltaserve.kernels.attention import launch
 from deltaserve.kernels.delta_matmul import dispatch
 from tests.e2e import test_families
 from tests.engine_helpers import BASE
-from tests.families import make_base, make_fine_tune
+from tests.families import FAMILIES, make_base, make_fine_tune
 
 CODECS = {
     "int2": ("int", {"bits": 2, "group_size": 32}),
@@ -24,9 +24,13 @@ CODECS = {
 }
 
 
+@pytest.mark.slow
 def test_a_mixed_batch_on_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "has_kernels", lambda base: True)
+    monkeypatch.setattr(dispatch, "has_kernels", lambda name, base: True)
     monkeypatch.setattr(attention_dispatch, "pick", lambda *_: launch)
+    # The interpreter takes seconds for a step.
+    monkeypatch.setitem(FAMILIES["mistral"][1], "num_hidden_layers", 1)
+    monkeypatch.setattr(test_families, "MAX_TOKENS", 2)
     applied = []
     attach = DeltaLinear.attach
 
@@ -46,7 +50,5 @@ def test_a_mixed_batch_on_the_kernels(tmp_path: Path, monkeypatch: pytest.Monkey
         compress(base, tune, delta, plan)
         export(base, delta, tmp_path / label)
         deltas[label], checkpoints[label] = delta, tmp_path / label
-    # The interpreter takes seconds for a step.
-    monkeypatch.setattr(test_families, "MAX_TOKENS", 2)
     test_families.check_against_reference(base, deltas, checkpoints)
     assert all(applied)

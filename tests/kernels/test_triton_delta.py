@@ -45,7 +45,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(autouse=True)
 def _kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "has_kernels", lambda base: True)
+    monkeypatch.setattr(dispatch, "has_kernels", lambda name, base: True)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import pytest
 
 from deltaserve.bench.pipeline_stages import Staged, Step
 from deltaserve.pipeline.tracing import Recorder
@@ -49,6 +50,7 @@ class Drifting:
         return stalls
 
 
+@pytest.mark.slow  # real time: wants cores of its own
 def test_drift_is_followed_up_and_down():
     drifting = Drifting()
     try:

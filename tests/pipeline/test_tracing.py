@@ -49,6 +49,7 @@ def test_clocks_stop_while_an_input_is_called():
     assert (source.bytes, mapped.bytes) == (40 * 64, 40 * 4)
 
 
+@pytest.mark.slow  # CPU time is only sampled: wants cores of its own
 def test_few_of_many_short_calls_are_timed_and_scaled_to_all():
     recorder = Recorder()
     nested(recorder, 3000, inner_ns=20_000, outer_ns=5_000)
@@ -69,6 +70,7 @@ def test_all_threads_count_to_the_last_call():
     assert found(recorder, "map").made == found(recorder, "source").made == 1000
 
 
+@pytest.mark.slow
 def test_recording_costs_little():
     """Against the work alone, turn by turn in one run, in CPU time."""
     recorder = Recorder()

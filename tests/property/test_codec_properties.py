@@ -236,13 +236,42 @@ def test_quantised_rows_leave_the_others_alone(pair, width):
     assert torch.equal(bits(decoded[untouched]), bits(tensor[untouched]))
 
 
+@given(pairs(min_dims=2))
+@quick
+def test_sparse_keeps_every_value_that_differs_and_nothing_else(pair):
+    tensor, base = pair
+    enc, _ = round_trip("sparse", tensor, base)
+    exact = difference(tensor, base)
+    assert enc.params["count"] == int((exact.reshape(-1, tensor.shape[-1]) != 0).sum())
+    assert torch.equal(CODECS["sparse"].delta(enc), exact.to(tensor.dtype).float())
+
+
+@given(pairs(min_dims=2), st.sampled_from((1, 2, 4)), st.sampled_from((1, 3)))
+@quick
+def test_a_sum_is_the_sum_of_its_terms_and_each_mends_the_ones_before(pair, width, rank):
+    tensor, base = pair
+    terms = [{"codec": "int", "bits": width, "group_size": 4}, {"codec": "lowrank", "rank": rank}]
+    enc, _ = round_trip("sum", tensor, base, terms=terms)
+    codec, exact = CODECS["sum"], difference(tensor, base)
+    parts = [get_codec(term.codec).delta(term) for term in codec.terms(enc)]
+    assert torch.equal(codec.delta(enc), (parts[0] + parts[1]).view(exact.shape))
+    exact = exact.reshape(parts[0].shape)
+    first = (exact - parts[0]).norm()
+    # The factors are stored in the parameter's dtype.
+    assert (exact - parts[0] - parts[1]).norm() <= first * 1.02 + 1e-6 * exact.norm()
+
+
+# What a codec needs to be told; the others need nothing.
+SETTINGS = {"sum": {"terms": [{"codec": "int"}]}}
+
+
 @pytest.mark.parametrize("name", [n for n in CODECS if n != "xor"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_are_refused(name, bad):
     tensor = torch.zeros(4, 8)
     tensor[2, 3] = bad
     with pytest.raises(CodecError, match="NaN"):
-        CODECS[name].encode(tensor, torch.zeros(4, 8))
+        CODECS[name].encode(tensor, torch.zeros(4, 8), **SETTINGS.get(name, {}))
 
 
 @pytest.mark.parametrize("name", ["int", "nm24", "lowrank", "nf4"])
@@ -261,4 +290,4 @@ def test_empty_tensors_round_trip_exactly(name):
 @pytest.mark.parametrize("name", [n for n in CODECS if n != "raw"])
 def test_a_base_of_another_width_is_refused(name):
     with pytest.raises(CodecError, match="align"):
-        CODECS[name].encode(torch.ones(4, 8), torch.ones(4, 7))
+        CODECS[name].encode(torch.ones(4, 8), torch.ones(4, 7), **SETTINGS.get(name, {}))

@@ -16,7 +16,7 @@ from deltaserve.artifact.reader import Delta
 from deltaserve.compress.plan import Plan, make_plan
 from deltaserve.compress.run import compress
 from deltaserve.engine.core import Engine
-from deltaserve.engine.layers import part_of
+from deltaserve.engine.projections import part_of
 from deltaserve.engine.types import EngineRequest, FinishReason
 from deltaserve.errors import ConfigError, UnknownModelError
 from tests.engine_helpers import greedy, make_engine, run

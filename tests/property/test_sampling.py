@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deltaserve.kernels.sampling import Draw, counter_uniform
 from deltaserve.kernels.sampling import sample as sample_fast
-from deltaserve.kernels.sampling.batched import CANDIDATES
+from deltaserve.kernels.sampling.batched import CANDIDATES, launch
 from deltaserve.kernels.sampling.reference import sample
 
 seeds = st.integers(-(2**63), 2**64)
@@ -156,3 +157,14 @@ def test_frequencies_of_the_fast_path_follow_the_probabilities() -> None:
         drawn = torch.tensor(sample_fast(logits, draws))
         shares = torch.tensor([(drawn == token).float().mean() for token in (0, 255, 256, 599)])
         assert (shares - probs).abs().max() < 0.03
+
+
+def test_nothing_waits_for_the_device_before_the_tokens_are_read() -> None:
+    """Operations whose shapes or control flow need values raise in fake tensors."""
+    draws = [None, Draw(0.7, 0, 1.0, 0.3), Draw(1.0, 5, 0.9, 0.6), Draw(1.3, 0, 0.4, 0.1)]
+    with FakeTensorMode():
+        logits = torch.empty(4, 3 * CANDIDATES)
+        for some in (draws, draws[:1] * 4, draws[1:2] * 4, draws[2:] * 2):
+            tokens, enough = launch(logits, some)
+            assert (tokens.shape, tokens.dtype) == ((4,), torch.long)
+            assert (enough.shape, enough.dtype) == ((4,), torch.bool)

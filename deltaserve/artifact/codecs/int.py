@@ -83,15 +83,15 @@ class IntCodec:
         tensors = {part: torch.stack(planes) for part, planes in parts.items() if planes}
         return Encoded(self.name, asdict(p), tuple(tensor.shape), tensor.dtype, tensors)
 
-    def from_codes(
-        self, plane: Plane, params: IntParams, shape: tuple[int, ...], dtype: torch.dtype
+    def from_planes(
+        self, planes: list[Plane], params: IntParams, shape: tuple[int, ...], dtype: torch.dtype
     ) -> Encoded:
-        """One plane whose codes and scales somebody else chose (symmetric grids only)."""
+        """Planes whose codes and scales somebody else chose (symmetric grids only)."""
         assert params.symmetric
-        assert params.planes == 1
+        assert params.planes == len(planes)
         tensors = {
-            "codes": pack_bits(plane.codes, params.bits)[None],
-            "scales": plane.scales[None],
+            "codes": torch.stack([pack_bits(plane.codes, params.bits) for plane in planes]),
+            "scales": torch.stack([plane.scales for plane in planes]),
         }
         return Encoded(self.name, asdict(params), shape, dtype, tensors)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 
 from deltaserve.errors import CodecError
 
@@ -55,4 +55,5 @@ def _fits(value: object, kind: type) -> bool:
         real = isinstance(value, (int, float)) and not isinstance(value, bool)
         return real and math.isfinite(value)  # type: ignore[arg-type]
     # bool is an int to Python, not to a reader of YAML.
+    kind = get_origin(kind) or kind
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

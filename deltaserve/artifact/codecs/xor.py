@@ -1,8 +1,8 @@
-"""``xor``: lossless difference of bit patterns, byte planes split, zstd compressed.
+"""``xor``: lossless difference of bit patterns, zstd compressed, byte planes split where that pays.
 
 Fine-tuning leaves sign and exponent of most weights alone, so the high byte planes are
 mostly zero bytes; splitting the planes lets the entropy coder see that (as FM-Delta and
-ZipNN do).
+ZipNN do). Where only a few values changed at all, the bytes of one are better left together.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from deltaserve.artifact.codecs.base import Encoded, Layout, aligned, dense_byte
 from deltaserve.artifact.codecs.params import at_least, one_of, parse_params
 from deltaserve.errors import CodecError
 
+# Share of bytes that changed, below which both orders are tried.
+FEW = 0.1
+
 
 @dataclass(frozen=True)
 class XorParams:
-    """level: zstd 1 (fast) to 19 (small). size: bytes of the compressed stream."""
+    """level: zstd 1 (fast) to 19 (small). size: bytes of the compressed stream. split: whether
+    it holds byte planes one after the other; chosen by ``encode``."""
 
     level: int = 3
     size: int = 0
+    split: bool = True
 
     def __post_init__(self) -> None:
         one_of("xor", "level", self.level, tuple(range(1, 20)))
@@ -47,17 +52,23 @@ class XorCodec:
         shape = tuple(tensor.shape)
         bits = _bytes(tensor) ^ _bytes(aligned(base, shape, tensor.dtype))
         planes = np.ascontiguousarray(bits.reshape(-1, tensor.element_size()).T)
-        packed = _zstd().ZstdCompressor(level=p.level).compress(planes.data)
+        compressor = _zstd().ZstdCompressor(level=p.level)
+        packed, split = compressor.compress(planes.data), True
+        if np.count_nonzero(planes) < FEW * planes.size:
+            whole = compressor.compress(bits.data)
+            if len(whole) < len(packed):
+                packed, split = whole, False
         data = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-        stored = {"level": p.level, "size": len(packed)}
+        stored = {"level": p.level, "size": len(packed), "split": split}
         return Encoded(self.name, stored, shape, tensor.dtype, {"data": data})
 
     def decode(self, enc: Encoded, base: torch.Tensor | None) -> torch.Tensor:
         if base is not None and base.dtype != enc.dtype:
             raise CodecError(f"codec xor: the base has {base.dtype}, the delta {enc.dtype}")
         expected = dense_bytes(enc.shape, enc.dtype)
-        planes = self._decompress(enc.tensors["data"], expected)
-        bits = np.ascontiguousarray(planes.reshape(enc.dtype.itemsize, -1).T).reshape(-1)
+        bits = self._decompress(enc.tensors["data"], expected)
+        if parse_params(XorParams, self.name, enc.params).split:
+            bits = np.ascontiguousarray(bits.reshape(enc.dtype.itemsize, -1).T).reshape(-1)
         bits ^= _bytes(aligned(base, enc.shape, enc.dtype))
         return torch.from_numpy(bits).view(enc.dtype).view(enc.shape)
 

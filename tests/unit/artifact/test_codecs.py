@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zstandard
 
 from deltaserve.artifact.codecs import CODECS, get_codec
 from deltaserve.artifact.codecs.lowrank import LowRankCodec
@@ -96,6 +97,32 @@ def test_rows_of_a_cut_vocabulary():
 def test_xor_needs_equal_dtypes():
     with pytest.raises(CodecError, match="equal dtypes"):
         CODECS["xor"].encode(torch.ones(3).half(), torch.ones(3))
+
+
+@pytest.mark.parametrize("changed", [0.0005, 0.02, 0.2, 1.0])
+@pytest.mark.parametrize("size", [0.002, 0.3])
+def test_xor_is_at_most_zstd_19_of_the_plain_difference(changed, size):
+    generator = torch.Generator().manual_seed(0)
+    base = 0.02 * torch.randn(320, 320, generator=generator)
+    moved = torch.rand(320, 320, generator=generator) < changed
+    tuned = base * (1 + moved * size * torch.randn(320, 320, generator=generator))
+    base, tuned = base.bfloat16(), tuned.bfloat16()
+    bits = base.view(torch.uint8) ^ tuned.view(torch.uint8)
+    plain = zstandard.ZstdCompressor(level=19).compress(bits.numpy().tobytes())
+    enc = CODECS["xor"].encode(tuned, base, level=19)
+    assert enc.num_bytes <= len(plain)
+    CODECS["xor"].check(enc)
+    assert torch.equal(CODECS["xor"].decode(enc, base).view(torch.uint8), tuned.view(torch.uint8))
+
+
+def test_both_orders_of_bytes_occur():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(256, 256, generator=generator).bfloat16()
+    few, all_of_them = base.clone(), base * 1.01
+    place = torch.randint(256, (2, 64), generator=generator)
+    few[place[0], place[1]] *= 3 + torch.randn(64, generator=generator).bfloat16()
+    orders = [CODECS["xor"].encode(t, base, level=19).params["split"] for t in (few, all_of_them)]
+    assert orders == [False, True]
 
 
 def test_xor_of_sparse_updates_is_small():

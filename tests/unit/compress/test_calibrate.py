@@ -34,15 +34,16 @@ def samples(vocab=90):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_walk_through_the_layers_is_the_model_itself(family, tmp_path):
     model = Checkpoint.open(make_base(family, tmp_path / "base"))
-    walk = LayerWalk(model, samples(), model.tensor("model.embed_tokens.weight").float(), "cpu")
+    embedding = model.tensor("model.embed_tokens.weight").float()
+    walk = LayerWalk(model, [samples()], embedding, tmp_path / "walk", "cpu")
     seen: dict[str, int] = {}
     for layer in range(len(walk)):
         names = [name for name in model.names() if name.startswith(walk.prefix(layer))]
         weights = {name: model.tensor(name).float() for name in names}
         walk.observe(layer, weights, lambda m, x: seen.update({m: seen.get(m, 0) + len(x)}))
         walk.advance(layer, weights)
-    out = []
-    walk.observe_head(model.tensor("model.norm.weight"), lambda _, x: out.append(x))
+    norm = model.tensor("model.norm.weight")
+    out = [walk.final(number, norm) for number in range(len(walk.batches))]
     whole = AutoModelForCausalLM.from_pretrained(
         model.path, dtype=torch.float32, attn_implementation="eager"
     )
@@ -51,7 +52,7 @@ def test_a_walk_through_the_layers_is_the_model_itself(family, tmp_path):
         expected = [whole.model(torch.tensor([s.tokens])).last_hidden_state[0] for s in ordered]
     assert torch.allclose(torch.cat(out), torch.cat(expected), atol=1e-4)
     linears = [n for n in model.names() if "proj" in n and n.endswith("weight")]
-    assert {f"{module}.weight" for module in seen} == set(linears)
+    assert set(seen) == set(linears)
     assert set(seen.values()) == {54}
 
 
@@ -78,7 +79,8 @@ def test_the_same_inputs_and_seed_give_the_same_digest(talking_pair, tmp_path):
         digests.append(manifest.digest)
         Delta.open(tmp_path / str(run)).verify_digest()
     assert digests[0] == digests[1] != digests[2]
-    assert Delta.open(tmp_path / "0").manifest.calibration.sequences == 8
+    manifest = Delta.open(tmp_path / "0").manifest
+    assert (manifest.calibration.sequences, manifest.quality.text.sequences) == (8, 2)
 
 
 def test_a_file_calibrates_too_and_joint_sparsity(talking_pair, tmp_path):

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaserve.compress.allocate import Candidate, allocate, largest, smallest
-from deltaserve.compress.choose import compress_to
 from deltaserve.compress.goal import Goal
 from deltaserve.compress.plan import CodecChoice
+from deltaserve.compress.run import compress_to
 from deltaserve.compress.textsource import TextOptions
 from deltaserve.errors import ConfigError
 from tests.families import make_base, make_fine_tune, make_lora
@@ -95,7 +95,7 @@ def test_a_ratio_is_met_and_reported(models, tmp_path):
         assert ratio <= sizes[ratio] < ratio * 1.1
         assert chosen.manifest.quality.passed
         assert chosen.picks.keys() == chosen.table.keys()
-        assert len(chosen.table) == 21
+        assert len(chosen.table) == 23
     with pytest.raises(ConfigError, match="the smallest delta"):
         run(models, tmp_path / "x", Goal(target_ratio=500.0))
     assert not (tmp_path / "x").exists()

@@ -76,7 +76,7 @@ def test_lossless_codecs_apply_to_everything_but_embeddings_may_differ():
         ("int", {"rank": 2}, r"rank does not fit codec int.*rank fits: lowrank"),
         ("nm24", {"planes": 2}, "planes does not fit"),
         ("nm24", {"symmetric": False}, "symmetric does not fit"),
-        ("lowrank", {"bits": 2}, "bits does not fit"),
+        ("sparse", {"bits": 2}, "bits does not fit"),
         ("int", {"bits": 5}, "bits must be one of"),
         ("int", {"scale_axis": "diagonal"}, "scale_axis must be one of"),
         ("int", {"scale_axis": "row", "group_size": 64}, "only fits scale_axis group"),

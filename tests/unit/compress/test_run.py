@@ -205,9 +205,9 @@ def test_recorded_errors_and_sizes_are_true(pair, tmp_path):
         stored = codec.delta(enc) if codec.additive else exact_delta
         error = float((stored - exact_delta).norm() / exact_delta.norm())
         assert entry.error == pytest.approx(error, abs=1e-5)
-    assert {phase for phase, _, _ in seen} == {"compress", "hash base", "hash model"}
+    assert {phase for phase, _, _ in seen} == {"write", "hash base", "hash model"}
     assert all(done <= total for _, done, total in seen)
-    assert [a for a in seen if a[0] == "compress"][-1][1] == model.num_bytes
+    assert [a for a in seen if a[0] == "write"][-1][1] == model.num_bytes
 
 
 MEASURE = """

@@ -13,15 +13,19 @@ from transformers import AutoModelForCausalLM
 from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.reader import Delta
 from deltaserve.artifact.writer import record_quality
+from deltaserve.compress.compare import Tokens
 from deltaserve.compress.diff import diff
 from deltaserve.compress.export import export
-from deltaserve.compress.measure import Continuations, continue_greedily, divergence, percentile
-from deltaserve.compress.models import load_fine_tune, load_tokenizer, load_with_delta
+from deltaserve.compress.jsonl import read_text
+from deltaserve.compress.judge import Read, judge, matches, parting, percentile
+from deltaserve.compress.models import load_fine_tune, load_tokenizer
 from deltaserve.compress.plan import make_plan
 from deltaserve.compress.run import compress
-from deltaserve.compress.text import Sample, Text, batches, read_text, sample_text
+from deltaserve.compress.sampling import continued_greedily, sample_text
+from deltaserve.compress.text import Sample, Text, batches
 from deltaserve.compress.textsource import TextOptions
 from deltaserve.compress.verify import Thresholds, verify
+from deltaserve.compress.weights import of_delta, of_model
 from deltaserve.errors import ArtifactError, CompatibilityError, ConfigError
 
 QUICK = TextOptions(samples=8, seq_len=24)
@@ -62,24 +66,26 @@ def test_the_report_lands_in_the_manifest_and_not_in_the_digest(talking_pair, de
 
 def test_divergence_is_that_of_the_exported_model(talking_pair, delta, tmp_path):
     """Against the definition, on a merged checkpoint, one sequence at a time without padding."""
-    base, tuned = talking_pair
-    fine_tune = model_of(tuned)
-    rebuilt = load_with_delta(Checkpoint.open(base), Delta.open(delta), "cpu")
-    text = sample_text(fine_tune, None, samples=5, seq_len=20, seed=3)
-    found = divergence(fine_tune, rebuilt, text)
-    total, count = 0.0, 0
-    with torch.inference_mode():
-        for sample in text.samples:
-            ids = torch.tensor([sample.tokens])
-            p, q = (torch.log_softmax(m(ids).logits[0, :-1], -1) for m in (fine_tune, rebuilt))
-            total += float((p.exp() * (p - q)).sum())
-            count += len(sample.tokens) - 1
-    assert len(found.kl_N) == count
-    assert math.isclose(float(found.kl_N.sum()), total, rel_tol=1e-3)
-    export(base, delta, tmp_path / "out")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    for mine, theirs in zip(rebuilt.parameters(), merged.parameters(), strict=True):
-        assert torch.allclose(mine, theirs, rtol=2**-7, atol=2**-9)
+    base, tuned = (Checkpoint.open(path) for path in talking_pair)
+    text = sample_text(model_of(tuned.path), None, samples=5, seq_len=20, seed=3)
+    mine, theirs = of_model(base, tuned), of_delta(base, Delta.open(delta))
+    [reads] = judge(base, mine, theirs, [text.samples], tmp_path / "w", "cpu", lambda *_: None)
+    assert sorted(r.sample.tokens for r in reads) == sorted(s.tokens for s in text.samples)
+    export(base.path, delta, tmp_path / "out")
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for path in (tuned.path, tmp_path / "out")
+    ]
+    for read in reads:
+        ids = torch.tensor([read.sample.tokens])
+        with torch.inference_mode():
+            p, q = (torch.log_softmax(m(ids).logits[0, :-1], -1) for m in models)
+        kl = (p.exp() * (p - q)).sum(-1)
+        # The export rounds the sum of base and delta to bfloat16, an engine does not.
+        assert torch.allclose(read.tokens.kl_N, kl, rtol=0.1, atol=1e-3)
+        assert torch.equal(read.tokens.top_fine_tune_N, p.argmax(-1))
+        nll = -p.gather(1, ids[0, 1:, None])[:, 0]
+        assert torch.allclose(read.tokens.nll_fine_tune_N, nll, atol=1e-4)
 
 
 def test_sampling_is_repeatable_and_leaves_the_generator_alone(talking_pair):
@@ -98,15 +104,59 @@ def test_sampling_is_repeatable_and_leaves_the_generator_alone(talking_pair):
 def test_greedy_continuations_do_not_depend_on_their_batch(talking_pair):
     model = model_of(talking_pair[1])
     samples = [Sample(tuple(range(5, 5 + n)), n - 1) for n in (3, 9, 6)]
-    together = continue_greedily(model, samples, 6)
-    assert together == [continue_greedily(model, [s], 6)[0] for s in samples]
-    assert len({tuple(answer) for answer in together}) > 1
+    together = continued_greedily(model, samples, 6, 64)
+    assert together == tuple(continued_greedily(model, [s], 6, 64)[0] for s in samples)
+    assert [s.prompt for s in together] == [2, 8, 5]
+    assert all(len(s.tokens) <= s.prompt + 6 for s in together)
+    assert continued_greedily(model, samples, 60, 8)[0].tokens[:2] == samples[0].tokens[:2]
+
+
+def test_where_continuations_part_is_where_two_real_ones_do(talking_pair, delta, tmp_path):
+    """One pass over the fine-tune's continuation says the same as generating twice."""
+    base, tuned = (Checkpoint.open(path) for path in talking_pair)
+    export(base.path, delta, tmp_path / "out")
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for path in (tuned.path, tmp_path / "out")
+    ]
+    prompts = [Sample(tuple(range(5 + n, 11 + n)), 5) for n in range(8)]
+    answers = [
+        [
+            m.generate(torch.tensor([s.tokens[: s.prompt]]), max_new_tokens=8, do_sample=False)[
+                0, s.prompt :
+            ].tolist()
+            for s in prompts
+        ]
+        for m in models
+    ]
+    continued = [
+        Sample((*s.tokens[: s.prompt], *answer), s.prompt)
+        for s, answer in zip(prompts, answers[0], strict=True)
+    ]
+    sources = of_model(base, tuned), of_model(base, Checkpoint.open(tmp_path / "out"))
+    [reads] = judge(base, *sources, [continued], tmp_path / "w", "cpu", lambda *_: None)
+    found = {read.sample: parting(read) for read in reads}
+    expected = []
+    for mine, theirs in zip(*answers, strict=True):
+        differs = [i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b]
+        expected.append(differs[0] if differs else -1)
+    assert [found[s] for s in continued] == expected
+    assert len(set(expected)) > 1
+
+
+def test_exact_matches_need_every_token_of_the_answer():
+    def read(tokens, prompt, mine, theirs):
+        tops = [torch.tensor(t) for t in (mine, theirs)]
+        zeros = torch.zeros(len(mine))
+        return Read(Sample(tokens, prompt), Tokens(zeros, *tops, zeros, zeros))
+
+    assert matches(read((1, 2, 3, 4), 2, [9, 3, 4], [2, 3, 4])) == (True, True)
+    assert matches(read((1, 2, 3, 4), 2, [2, 3, 5], [2, 3, 4])) == (False, True)
+    assert parting(read((1, 2, 3, 4), 2, [9, 3, 4], [2, 3, 4])) == -1
+    assert parting(read((1, 2, 3, 4), 2, [9, 3, 4], [2, 3, 5])) == 1
 
 
 def test_statistics():
-    assert Continuations([-1, 4, 2, 9]).median == 4
-    assert Continuations([-1, -1]).median == -1
-    assert Continuations([-1, 3]).identical == 0.5
     assert percentile(torch.arange(1, 101), 0.99) == 99
     text = Text(tuple(Sample((1,) * n, 1) for n in range(2, 12)), "x", 0)
     fit, held = text.split(5)
@@ -117,6 +167,8 @@ def test_statistics():
         [6, 7, 8, 9],
         [10, 11],
     ]
+    long = [Sample((1,) * 3000, 1)] * 3
+    assert [len(lengths) for _, lengths in batches(long)] == [1, 1, 1]
 
 
 def write(path, *entries):

@@ -6,7 +6,7 @@ import pytest
 
 from deltaserve.engine.admission import ByteBudget
 from deltaserve.engine.gate import LONGEST_RETRY_S, QueueGate
-from deltaserve.engine.types import FinishReason
+from deltaserve.engine.types import EngineRequest, FinishReason, SamplingParams
 from deltaserve.errors import QueueFullError, RequestError
 from tests.scheduler_helpers import (
     Clock,
@@ -42,6 +42,45 @@ def test_tokens_that_wait_are_limited_but_an_empty_queue_takes_anything() -> Non
     scheduler.add(make("ten more", prompt=10))
     with pytest.raises(QueueFullError):
         scheduler.add(make("one more", prompt=1))
+
+
+def ask(tenant: str, number: int, prompt: int = 4) -> EngineRequest:
+    return EngineRequest(
+        f"{tenant}-{number}", "base", tuple(range(prompt)), SamplingParams(4), tenant=tenant
+    )
+
+
+def flood(gate: QueueGate, tenant: str, prompt: int = 4) -> int:
+    """How many requests of a tenant come in before one is refused."""
+    for number in range(1000):
+        request = ask(tenant, number, prompt)
+        try:
+            gate.check(request, 0.0)
+        except QueueFullError:
+            return number
+        gate.enter(request)
+    raise AssertionError("nothing is refused")
+
+
+def test_a_tenant_who_fills_the_queue_does_not_shut_others_out() -> None:
+    gate = QueueGate(max_requests=60)
+    assert flood(gate, "greedy") == 60
+    with pytest.raises(QueueFullError, match="60 requests of greedy wait"):
+        gate.check(ask("greedy", 60), 0.0)
+    assert flood(gate, "polite") == 30
+    assert flood(gate, "third") == 20
+    assert gate.num_requests == 110
+    for number in range(200):
+        for tenant in ("greedy", "polite", "third"):
+            gate.leave(f"{tenant}-{number}")
+    assert (gate.num_requests, gate.num_tokens) == (0, 0)
+    assert flood(gate, "greedy") == 60
+
+
+def test_nor_by_prompt_tokens() -> None:
+    gate = QueueGate(max_tokens=1000)
+    assert flood(gate, "greedy", prompt=10) == 100
+    assert flood(gate, "polite", prompt=10) == 50
 
 
 def test_what_was_accepted_once_is_never_refused_again() -> None:

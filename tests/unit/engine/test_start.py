@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMa
 
 from deltaserve.compress.run import compress
 from deltaserve.engine.families import context_limit
-from deltaserve.engine.layers import part_of
+from deltaserve.engine.projections import part_of
 from deltaserve.errors import (
     ArtifactError,
     BaseMismatchError,

@@ -46,7 +46,7 @@ def sources(tmp_path, hub):
 
 def test_paths_are_local_and_confined(tmp_path, sources, hub):
     assert sources.fetch("sql") == tmp_path / "root/sql"
-    assert not sources.is_remote("sql")
+    assert not sources.is_unchecked("sql")
     with pytest.raises(RequestError, match="no directory inside"):
         sources.fetch(str(tmp_path))
     assert hub.calls == []
@@ -55,7 +55,7 @@ def test_paths_are_local_and_confined(tmp_path, sources, hub):
 @pytest.mark.parametrize("revision", [None, "main", "v1.0", "0" * 40, "refs/pr/1"])
 def test_a_repository_is_fetched_once_named(sources, hub, tmp_path, revision):
     uri = "hf://acme/sql-delta" + (f"@{revision}" if revision else "")
-    assert sources.is_remote(uri)
+    assert sources.is_unchecked(uri)
     folder = sources.fetch(uri)
     assert (folder / "delta.json").read_text() == "{}"
     assert folder.is_relative_to(tmp_path / "cache")

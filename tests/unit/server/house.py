@@ -17,6 +17,7 @@ from deltaserve.config import EngineConfig, ServerConfig, hash_key
 from deltaserve.server.app import create_app
 from deltaserve.server.office import Office
 from deltaserve.server.tokenizers import Tokenizers
+from deltaserve.server.traces import Tracing
 from deltaserve.tenancy.keys import digest
 
 ADMIN = "admin-secret"
@@ -66,7 +67,13 @@ class House:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, engine: FakeEngine, tokenizers: Tokenizers, **acme: object):
+def opened(
+    folder: Path,
+    engine: FakeEngine,
+    tokenizers: Tokenizers,
+    tracing: Tracing | None = None,
+    **acme: object,
+):
     config = ServerConfig(
         EngineConfig("base"),
         tenants=write_tenants(folder, **acme),
@@ -75,7 +82,7 @@ def opened(folder: Path, engine: FakeEngine, tokenizers: Tokenizers, **acme: obj
     )
     with (
         closing(Office.open(config)) as office,
-        running(create_app(engine, tokenizers, config, office=office)) as url,
+        running(create_app(engine, tokenizers, config, office=office, tracing=tracing)) as url,
     ):
         yield House(url, folder / "state", engine, office)
 

@@ -12,9 +12,9 @@ import uvicorn
 
 
 @contextlib.contextmanager
-def running(app: object) -> Iterator[str]:
+def running(app: object, **settings: object) -> Iterator[str]:
     """Serve an application from a thread; gives its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", **settings))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()

@@ -1,0 +1,185 @@
+"""``deltaserve pipeline``: look at a plan, run it, see what limits it; the service."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="YAML file; see docs/pipeline.md.")]
+Functions = Annotated[
+    bool, typer.Option("--allow-functions", help="Let the plan import and run module:function.")
+]
+Rewrites = Annotated[bool, typer.Option(help="Rewrite the plan before it runs.")]
+
+
+def show(plan: PlanFile, allow_functions: Functions = False, rewrites: Rewrites = True) -> None:
+    """Check a plan, and print it, what it gives, and how it is rewritten.
+
+    Example: deltaserve pipeline show configs/pipeline/chat.yaml
+    """
+    from deltaserve.pipeline.plan import Plan
+    from deltaserve.pipeline.rewrites import rewrite
+
+    read = Plan.from_yaml(plan, allow_functions=allow_functions).named()
+    print(f"{read}\n\nfingerprint  {read.fingerprint()}\ngives        {read.check()}")
+    if not rewrites:
+        return
+    rewritten, notes = rewrite(read)
+    if not notes:
+        print("\nno rewrites")
+        return
+    print("\nrewrites")
+    for note in notes:
+        print(f"  {note}")
+    print(f"\n{rewritten.named()}")
+
+
+def run(
+    plan: PlanFile,
+    limit: Annotated[int | None, typer.Option(min=0, help="Stop after so many elements.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads that work on rows.")] = 0,
+    processes: Annotated[int, typer.Option(help="Processes that do, instead.")] = 0,
+    print_: Annotated[
+        int, typer.Option("--print", min=0, help="Print the first elements, as JSON.")
+    ] = 0,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Go on from this file if it exists; save where it stopped to it."),
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of the plan's caches.")] = None,
+    allow_functions: Functions = False,
+    rewrites: Rewrites = True,
+) -> None:
+    """Run a plan, and say what it gave and how fast.
+
+    Example: deltaserve pipeline run configs/pipeline/chat.yaml --limit 100 --print 1
+    """
+    from deltaserve.cli.progress import count_bar, stop_on_sigterm
+    from deltaserve.pipeline.iterator import open_pipeline
+    from deltaserve.pipeline.plan import Plan
+    from deltaserve.pipeline.saving import load_state, save_state
+
+    read = Plan.from_yaml(plan, allow_functions=allow_functions)
+    options: dict[str, Any] = {"threads": threads, "processes": processes, "cache": cache}
+    with stop_on_sigterm(), open_pipeline(read, rewrites=rewrites, **options) as elements:
+        if state is not None and state.exists():
+            elements.set_state(load_state(state))
+        counts = _Counts()
+        try:
+            with count_bar() as progress:
+                while limit is None or counts.elements < limit:
+                    element = next(elements, None)
+                    if element is None:
+                        break
+                    counts.add(element)
+                    if counts.elements <= print_:
+                        print(json.dumps(element, default=_plain))
+                    progress("elements", counts.elements, limit or 0)
+        finally:
+            if state is not None:
+                save_state(state, elements.get_state())
+            print(counts.summary(elements.skipped))
+
+
+def profile(
+    plan: PlanFile,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="How long to run; with --tune, up to three times.")
+    ] = 5.0,
+    threads: Annotated[int, typer.Option(help="Threads that work on rows.")] = 1,
+    processes: Annotated[int, typer.Option(help="Processes that do, instead.")] = 0,
+    trainer_ms: Annotated[
+        float, typer.Option(min=0, help="What the trainer takes for an element, imitated.")
+    ] = 0.0,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Find the number of threads, and measure it.")
+    ] = False,
+    picture: Annotated[Path | None, typer.Option(help="Write a picture here (SVG).")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write the trace here (JSON).")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of the plan's caches.")] = None,
+    allow_functions: Functions = False,
+) -> None:
+    """Run a plan for some seconds; name what limits it, and say what to set.
+
+    Example: deltaserve pipeline profile configs/pipeline/chat.yaml --tune --picture chat.svg
+    """
+    from deltaserve.cli.profile import profile_plan
+    from deltaserve.pipeline.plan import Plan
+
+    read = Plan.from_yaml(plan, allow_functions=allow_functions)
+    profile_plan(
+        read, seconds=seconds, threads=threads, processes=processes, trainer_s=trainer_ms / 1e3,
+        tuned=tune, picture=picture, trace_file=trace, cache=cache,
+    )  # fmt: skip
+
+
+class _Counts:
+    """What came out."""
+
+    def __init__(self) -> None:
+        self.elements = self.tokens = self.places = 0
+        self._began = time.perf_counter()
+
+    def add(self, element: Any) -> None:
+        self.elements += 1
+        ids = element.get("input_ids")
+        if ids is None or not hasattr(ids, "size"):
+            return
+        used = element.get("segment_ids", element.get("attention_mask"))
+        self.places += ids.size
+        self.tokens += ids.size if used is None else int((used > 0).sum())
+
+    def summary(self, skipped: int) -> str:
+        seconds = time.perf_counter() - self._began
+        words = [f"{self.elements:,} elements in {seconds:.1f} s"]
+        if self.places:
+            words.append(f"{self.tokens:,} tokens ({self.tokens / seconds:,.0f}/s)")
+            words.append(f"{self.tokens / self.places:.2%} of places filled")
+        if skipped:
+            words.append(f"{skipped:,} broken rows skipped")
+        return ", ".join(words)
+
+
+def serve(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Of the journal; kept over restarts.")
+    ],
+    name: Annotated[str, typer.Option(help="Of the service on its cluster.")] = "pipeline",
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster; by default one is started here.")
+    ] = None,
+    min_workers: Annotated[int, typer.Option(min=0, help="Workers, without demand too.")] = 0,
+    max_workers: Annotated[int, typer.Option(min=1, help="Workers, whatever is wanted.")] = 2,
+) -> None:
+    """Run the service that prepares plans for trainers, until Ctrl-C.
+
+    Trainers reach it with deltaserve.pipeline.service.cluster.connect.
+
+    Example: deltaserve pipeline serve ./journal --max-workers 4
+    """
+    from deltaserve.cli.progress import stop_on_sigterm
+    from deltaserve.pipeline.service.cluster import Service
+
+    limits = {"min_workers": min_workers, "max_workers": max_workers}
+    with stop_on_sigterm(), Service(folder, name=name, address=address, **limits) as service:
+        jobs = len(service.stats()["jobs"])
+        print(f"service '{name}' is ready ({jobs} jobs in {folder}); Ctrl-C ends it", flush=True)
+        before = -1
+        while True:
+            # A dispatcher that is being restarted answers a little later.
+            workers = len(service.stats()["workers"])
+            if workers != before:
+                print(f"workers: {workers}", flush=True)
+                before = workers
+            time.sleep(1)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+SUBCOMMANDS = (show, run, profile, serve)

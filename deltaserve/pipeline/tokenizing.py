@@ -1,0 +1,86 @@
+"""From text to token ids, a list of rows at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from deltaserve.errors import PipelineError
+from deltaserve.pipeline.elements import field_of
+from deltaserve.pipeline.rows import Row
+from deltaserve.pipeline.tokenizers import tokenizer_of
+
+
+class Tokenize:
+    """Adds "input_ids" int32 [T], and "loss_mask" uint8 [T] (1: the assistant's) where the row
+    has "spans"; removes the text and the spans, which nothing after this needs."""
+
+    def __init__(self, node: Any) -> None:
+        self.name = node.name or node.op
+        params = node.params
+        self.tokenizer: str = params["tokenizer"]
+        self.text: str = params["text"]
+        self.max_length: int | None = params["max_length"]
+        self.special: bool | None = params["special_tokens"]
+        self.together: int = params["together"]
+        tokenizer_of(self.tokenizer)  # a missing one is told before anything runs
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        out: list[Row] = []
+        for at in range(0, len(rows), self.together):
+            out += self._tokenize(rows[at : at + self.together])
+        return out
+
+    def _tokenize(self, rows: list[Row]) -> list[Row]:
+        texts = [field_of(row, self.text, self.name) for row in rows]
+        for row, text in zip(rows, texts, strict=True):
+            if not isinstance(text, str):
+                raise PipelineError(
+                    f"{self.name}, row {row.key[1:]}: {self.text!r} is a {type(text).__name__}, "
+                    "not a text"
+                )
+        # A chat template has written its special tokens into the text.
+        special = [self._special(row) for row in rows]
+        if len(set(special)) > 1:
+            return [made for row in rows for made in self._tokenize([row])]
+        return self._encode(rows, texts, special[0])
+
+    def _encode(self, rows: list[Row], texts: list[str], special: bool) -> list[Row]:
+        masked = any("spans" in row.value for row in rows)
+        tokenizer = tokenizer_of(self.tokenizer)
+        if masked and not tokenizer.is_fast:
+            raise PipelineError(
+                f"{self.name}: a loss mask needs a fast tokenizer, which {self.tokenizer} is not"
+            )
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=masked,
+            truncation=self.max_length is not None,
+            max_length=self.max_length,
+            verbose=False,
+        )
+        out = []
+        for at, row in enumerate(rows):
+            value = {k: v for k, v in row.value.items() if k not in (self.text, "spans")}
+            value["input_ids"] = np.asarray(encoded["input_ids"][at], np.int32)
+            if "spans" in row.value:
+                value["loss_mask"] = mask_of(row.value["spans"], encoded["offset_mapping"][at])
+            out.append(Row(row.key, value))
+        return out
+
+    def _special(self, row: Row) -> bool:
+        return "spans" not in row.value if self.special is None else self.special
+
+
+def mask_of(spans: list[tuple[int, int]], offsets: list[tuple[int, int]]) -> np.ndarray:
+    """uint8 [T]: 1 for tokens of which a character lies in a span."""
+    places = np.asarray(offsets, np.int64).reshape(-1, 2)
+    mask = np.zeros(len(places), np.uint8)
+    for start, end in spans:
+        inside = (places[:, 0] < end) & (places[:, 1] > start) & (places[:, 1] > places[:, 0])
+        mask |= inside.astype(np.uint8)
+    return mask

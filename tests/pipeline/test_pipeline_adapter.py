@@ -1,0 +1,181 @@
+"""Orders of rows, workers that die, and what stays when an iterator is closed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltaserve.errors import PipelineError
+from deltaserve.pipeline import Plan, open_pipeline
+from deltaserve.pipeline.compiling import segments
+from deltaserve.pipeline.mixing import Phases, Turns
+from deltaserve.pipeline.segments import CHUNK
+from tests.pipeline.pipelines import texts, values, write_lines
+
+SIZES = st.lists(st.integers(0, 300), min_size=1, max_size=4)
+
+
+def numbers(folder: Path, count: int) -> Plan:
+    return Plan.from_jsonl(write_lines(folder / f"{count}.jsonl", [{"n": n} for n in range(count)]))
+
+
+@given(SIZES, st.data(), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_a_mix_gives_every_row_once(sizes: list[int], data: Any, seed: int) -> None:
+    weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(sizes), max_size=len(sizes)))
+    order = Phases(weights, sizes, seed, "all")
+    given_ = [order[position] for position in range(len(order))]
+    assert sorted(given_) == [(part, row) for part, size in enumerate(sizes) for row in range(size)]
+
+
+@given(SIZES, st.integers(1, 7))
+@settings(max_examples=60, deadline=None)
+def test_turns_give_every_row_once_in_order(sizes: list[int], block: int) -> None:
+    order = Turns(sizes, block)
+    given_ = [order[position] for position in range(len(order))]
+    assert sorted(given_) == [(part, row) for part, size in enumerate(sizes) for row in range(size)]
+    for part in range(len(sizes)):
+        rows = [row for which, row in given_ if which == part]
+        assert rows == sorted(rows)
+
+
+def test_a_mix_keeps_its_proportions_everywhere(tmp_path: Path) -> None:
+    parts = {numbers(tmp_path, 3000).repeat(): 0.7, numbers(tmp_path, 100).repeat(): 0.3}
+    with open_pipeline(Plan.mix(parts, seed=1)) as rows:
+        leaves = [rows.next_row().key[0] for _ in range(4096)]
+    for start in range(0, 4096, 256):
+        assert abs(leaves[start : start + 256].count(0) / 256 - 0.7) < 0.01
+    assert leaves[:256] != sorted(leaves[:256])
+
+
+def test_a_mix_that_ends_with_its_first_part(tmp_path: Path) -> None:
+    parts = {numbers(tmp_path, 50): 1.0, numbers(tmp_path, 500): 1.0}
+    for plan in (Plan.mix(parts, stop="first"),
+                 Plan.mix({p.filter(lambda row: True): w for p, w in parts.items()},
+                          stop="first")):  # fmt: skip
+        with open_pipeline(plan) as rows:
+            leaves = [rows.next_row().key[0] for _ in range(60)]
+            leaves += [rows.position for _ in rows]
+        assert len(leaves) in range(90, 112)
+
+
+def test_shuffles_are_permutations_that_change_with_epoch_and_seed(tmp_path: Path) -> None:
+    plan = numbers(tmp_path, 1000)
+    two = values(plan.shuffle(1).repeat(2), "n")
+    one, other = two[:1000], two[1000:]
+    assert sorted(one) == sorted(other) == list(range(1000))
+    orders = [one, other, values(plan.shuffle(0), "n"), values(plan.shuffle(2), "n")]
+    assert len(set(map(tuple, orders))) == 4
+    # Displacement of a true permutation: a third of the length.
+    for order in orders:
+        assert abs(sum(abs(n - at) for at, n in enumerate(order)) / 1000 - 333) < 60
+
+
+@pytest.mark.parametrize("count", [1, 7, 64, 100])
+def test_a_window_moves_rows_within_it(tmp_path: Path, count: int) -> None:
+    order = values(numbers(tmp_path, count).shuffle(3, window=10), "n")
+    assert sorted(order) == list(range(count))
+    assert all(n // 10 == at // 10 for at, n in enumerate(order))
+
+
+def test_lists_can_be_computed_anywhere(tmp_path: Path) -> None:
+    """What remote workers do: any list, in any order, in another copy of the plan."""
+    plan = numbers(tmp_path, 300).shuffle(1).repeat(2).named()
+    expected = values(plan, "n")
+    (one,), (two,) = segments(plan), segments(plan)
+    lists = {k: (one if k % 2 else two).run(k).rows for k in reversed(range(one.lists))}
+    assert one.lists == -(-600 // CHUNK)
+    assert [row.value["n"] for k in range(one.lists) for row in lists[k]] == expected
+
+
+def test_killed_worker_processes_are_replaced(tmp_path: Path) -> None:
+    plan = Plan.from_jsonl(texts(tmp_path / "a.jsonl", 1500))
+    expected = values(plan, "id")
+    with open_pipeline(plan, processes=2) as rows:
+        found = [next(rows)["id"] for _ in range(200)]
+        victim = children()[0]
+        os.kill(victim, signal.SIGKILL)
+        with pytest.warns(UserWarning, match="a worker process died"):
+            found += [row["id"] for row in rows]
+    assert found == expected
+
+
+def test_no_thread_or_process_stays_after_close(tmp_path: Path) -> None:
+    plan = Plan.from_jsonl(texts(tmp_path / "a.jsonl", 500)).batch(3)
+    before = Counter(thread.name.split("-")[0] for thread in threading.enumerate())
+    for options in ({"threads": 3}, {"processes": 2}):
+        with open_pipeline(plan, **options) as rows:
+            next(rows)
+        assert not children()
+        with pytest.raises(PipelineError, match="closed"):
+            next(rows)
+    for thread in threading.enumerate():
+        if thread.name.startswith("grain-prefetch"):
+            thread.join(10)
+    after = Counter(thread.name.split("-")[0] for thread in threading.enumerate())
+    assert after["grain"] <= before["grain"]
+
+
+def test_an_error_in_a_function_names_operator_and_row(tmp_path: Path) -> None:
+    def broken(row: dict[str, Any]) -> dict[str, Any]:
+        return {"x": 1 // (row["n"] - 70)}
+
+    plan = numbers(tmp_path, 100).map(broken, name="broken")
+    for options in ({}, {"threads": 2}, {"processes": 1}):
+        with pytest.raises(PipelineError, match=r"broken, row \(0, 70\): ZeroDivisionError"):
+            values(plan, "x", **options)
+
+
+def test_probes_see_every_operator(tmp_path: Path) -> None:
+    class Probe:
+        def __init__(self) -> None:
+            self.calls: Counter[str] = Counter()
+
+        def wrap(self, name: str, call: Any) -> Any:
+            def measured(argument: Any) -> Any:
+                self.calls[name] += 1
+                return call(argument)
+
+            return measured
+
+        def wrap_next(self, name: str, call: Any) -> Any:
+            def measured() -> Any:
+                self.calls[name] += 1
+                return call()
+
+            return measured
+
+        def collect(self) -> Counter[str]:
+            found, self.calls = self.calls, Counter()
+            return found
+
+        def merge(self, measured: Counter[str]) -> None:
+            total.update(measured)
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {"calls": Counter()}  # a worker begins with nothing
+
+    plan = numbers(tmp_path, 200).map(dict, name="m").batch(10)
+    for processes in (0, 1):
+        total: Counter[str] = Counter()
+        probe = Probe()
+        with open_pipeline(plan, processes=processes, probe=probe) as rows:
+            assert len(list(rows)) == 20
+        total.update(probe.calls)
+        assert total["jsonl"] == total["m"] == 4
+        assert total["batch"] == 21
+
+
+def children() -> list[int]:
+    """Worker processes of this one (not the helper that multiprocessing keeps)."""
+    import multiprocessing
+
+    return [child.pid for child in multiprocessing.active_children() if child.pid]

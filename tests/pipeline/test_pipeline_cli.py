@@ -1,0 +1,137 @@
+"""``deltaserve pipeline show`` and ``run``, as users call them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from deltaserve.cli.main import dispatch
+from deltaserve.pipeline import Plan
+from deltaserve.pipeline.trace import Trace
+from tests.pipeline.pipelines import chats, texts, tokenizer
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "pipeline"
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Path:
+    """The shipped example, with data beside it."""
+    chats(tmp_path / "chat.jsonl", 300)
+    with (tmp_path / "chat.jsonl").open("a") as file:
+        file.write("{\n")
+    tokenizer(tmp_path / "base")
+    file = tmp_path / "chat.yaml"
+    file.write_text((CONFIGS / "chat.yaml").read_text().replace("2048", "256"))
+    return file
+
+
+def test_show(chat: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["pipeline", "show", str(chat)]) == 0
+    out = capsys.readouterr().out
+    assert "pack(length=256" in out
+    assert "gives        a batch: input_ids" in out
+    assert "tokenize takes 64 texts at a time" in out
+    assert Plan.from_yaml(chat).fingerprint() in out
+
+
+def test_run_and_go_on(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["pipeline", "run", str(chat), "--cache", str(tmp_path / "cache")]
+    saved = ["--state", str(tmp_path / "state.json")]
+    assert dispatch([*common, "--print", "100"]) == 0
+    *elements, summary = capsys.readouterr().out.splitlines()
+    assert "3 broken rows skipped" in summary
+    assert "of places filled" in summary
+    assert dispatch([*common, *saved, "--print", "100", "--limit", "4"]) == 0
+    first = capsys.readouterr().out.splitlines()[:-1]
+    assert dispatch([*common, *saved, "--print", "100", "--threads", "2"]) == 0
+    rest = capsys.readouterr().out.splitlines()[:-1]
+    assert first + rest == elements
+    assert json.loads(first[0])["input_ids"]
+
+
+def test_profile(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat.write_text(chat.read_text().replace("epochs: 3", "epochs: null"))
+    picture, trace = tmp_path / "chat.svg", tmp_path / "trace.json"
+    options = ["--seconds", "1", "--cache", str(tmp_path / "cache")]
+    files = ["--picture", str(picture), "--trace", str(trace)]
+    assert dispatch(["pipeline", "profile", str(chat), *options, *files]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    found = Trace.read(trace)
+    assert 0 < found.elements <= found.operators["batch"].made  # some were made ahead
+    assert found.operators["pack"].made >= 4 * found.elements
+    assert any(f"{name} limits. Best here: --" in out for name in found.operators)
+    assert ElementTree.fromstring(picture.read_text()).tag.endswith("svg")
+    assert dispatch(["pipeline", "profile", str(chat), *options, "--tune"]) == 0
+    assert "elements/s with --threads 1" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "message"),
+    [
+        ("source: {jsonl: none.jsonl}", [], "none.jsonl does not exist"),
+        ("source: {jsonl: a.jsonl}\nsteps: [nothing: 1]", [], "no 'nothing'"),
+        ("source: {jsonl: a.jsonl}\nsteps: [pack: 9]", [], "no field 'input_ids'"),
+        ("source: {jsonl: a.jsonl}", ["--state", "plan.yaml"], "not a saved state"),
+        ("source: {jsonl: a.jsonl}", ["--threads", "-1"], "threads"),
+        ("source: {jsonl: a.jsonl}\nsteps: [map: 'os:getcwd']", [], "--allow-functions"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    plan: str,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts(tmp_path / "a.jsonl", 10)
+    (tmp_path / "plan.yaml").write_text(plan)
+    assert dispatch(["pipeline", "run", "plan.yaml", *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_a_missing_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["pipeline", "show", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--threads", "2"], ["--processes", "1"]])
+def test_ctrl_c_saves_where_it_stopped(tmp_path: Path, options: list[str]) -> None:
+    texts(tmp_path / "a.jsonl", 200)
+    (tmp_path / "plan.yaml").write_text("source: {jsonl: a.jsonl}\nsteps: [repeat, batch: 4]\n")
+    state = tmp_path / "state.json"
+    command = [sys.executable, "-m", "deltaserve", "pipeline", "run", "plan.yaml"]
+    child = subprocess.Popen(
+        [*command, "--state", str(state), "--print", "1", *options],
+        cwd=tmp_path, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert child.stdout is not None
+    assert child.stdout.readline()
+    time.sleep(0.3)
+    os.killpg(child.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    # Grain says in each worker process that jax is missing.
+    told = [line for line in err.splitlines() if not line.startswith("WARNING:absl")]
+    assert told == ["deltaserve: interrupted"]
+    assert "elements in" in out
+    found: dict[str, Any] = json.loads(state.read_text())
+    assert found["position"] >= 1
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted(CONFIGS.glob("*.yaml"))])
+def test_shipped_plans_are_plans(name: str) -> None:
+    assert str(Plan.from_yaml(CONFIGS / name))
