@@ -68,10 +68,25 @@ def test_profile(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     found = Trace.read(trace)
     assert 0 < found.elements <= found.operators["batch"].made  # some were made ahead
     assert found.operators["pack"].made >= 4 * found.elements
-    assert any(f"{name} limits. Best here: --" in out for name in found.operators)
+    assert any(f"{name} limits. Best here: " in out for name in found.operators)
     assert ElementTree.fromstring(picture.read_text()).tag.endswith("svg")
     assert dispatch(["pipeline", "profile", str(chat), *options, "--tune"]) == 0
-    assert "elements/s with --threads 1" in " ".join(capsys.readouterr().out.split())
+    assert "elements/s with rows: 1 threads;" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_tuned_run_gives_the_same(
+    chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.write_text(chat.read_text().replace("epochs: 3", "epochs: 200"))
+    run = ["pipeline", "run", str(chat), "--cache", str(tmp_path / "cache"), "--limit", "30"]
+    assert dispatch([*run, "--print", "30"]) == 0
+    plain = capsys.readouterr().out.splitlines()[:-1]
+    assert dispatch([*run, "--print", "30", "--tune"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[:-1] == plain
+    assert "tuned: rows: " in shown.err or "tuned: 2 processes" in shown.err
+    assert dispatch([*run, "--tune", "--threads", "2"]) == 2
+    assert "--tune finds threads" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def _minus(now: OperatorFigures, then: OperatorFigures | None) -> OperatorFigure
         return now
     # Scaled totals may shrink a little when the scale does.
     left = {name: max(0, getattr(now, name) - getattr(then, name)) for name in SUMS}
-    return replace(now, **left)
+    handed = now.handed if then.handed is None or now.handed is None else now.handed - then.handed
+    return replace(now, handed=handed, **left)
 
 
 def window(before: Trace, after: Trace) -> Window | None:
