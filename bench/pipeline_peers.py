@@ -76,7 +76,7 @@ def dataloader(corpus: Corpus, workers: int) -> Iterator[Batch]:
 
     encode = Encode(corpus)
 
-    class Packed(IterableDataset):  # type: ignore[type-arg]
+    class Packed(IterableDataset):
         def __iter__(self) -> Iterator[Batch]:
             worker = get_worker_info()
             first, step = (worker.id, worker.num_workers) if worker else (0, 1)

@@ -85,9 +85,12 @@ def show(console: Console, trace: Trace, advice: Advice) -> None:
     )
     chosen = advice.allocation
     stages = [name for name in chosen.threads if not _serial(advice, name)]
+    parts = advice.parts.get(advice.bottleneck, {})
+    within = ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
+    limit = f"{advice.bottleneck} ({within})" if within else advice.bottleneck
     console.print(
-        f"{advice.bottleneck} limits. Best here: {advised(advice, stages)}; at most "
-        f"{chosen.rate:.4g} elements/s, by {', '.join(chosen.limits) or 'nothing known'}.",
+        f"{limit} limits. Best here: {advised(advice, stages)}; at most {chosen.rate:.4g} "
+        f"elements/s, by {', '.join(chosen.limits) or 'nothing known'}.",
         soft_wrap=True,
     )
     for place in advice.caches:

@@ -61,7 +61,7 @@ def test_run_and_go_on(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_profile(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat.write_text(chat.read_text().replace("epochs: 3", "epochs: null"))
     picture, trace = tmp_path / "chat.svg", tmp_path / "trace.json"
-    options = ["--seconds", "1", "--cache", str(tmp_path / "cache")]
+    options = ["--seconds", "0.3", "--cache", str(tmp_path / "cache")]
     files = ["--picture", str(picture), "--trace", str(trace)]
     assert dispatch(["pipeline", "profile", str(chat), *options, *files]) == 0
     out = " ".join(capsys.readouterr().out.split())
@@ -75,8 +75,12 @@ def test_profile(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_tuned_run_gives_the_same(
-    chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    chat: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("deltaserve.cli.profile.TUNING_S", 0.3)
     chat.write_text(chat.read_text().replace("epochs: 3", "epochs: 200"))
     run = ["pipeline", "run", str(chat), "--cache", str(tmp_path / "cache"), "--limit", "30"]
     assert dispatch([*run, "--print", "30"]) == 0

@@ -13,7 +13,7 @@ from typing import Any
 
 from deltaserve.pipeline.compiling import segment_roots
 from deltaserve.pipeline.elements import element
-from deltaserve.pipeline.plan import Plan
+from deltaserve.pipeline.plan import Node, Plan
 from deltaserve.pipeline.rows import Row
 from deltaserve.pipeline.segments import Leaf, leaves_of
 from deltaserve.pipeline.sources import Source, open_source
@@ -27,11 +27,13 @@ LISTS, SIZE = 8, 16
 @dataclass(frozen=True)
 class Calibration:
     """lone: of each operator that workers run. transfer: seconds to send a row to another
-    process, by the operator that makes it. rows: of each source."""
+    process, by the operator that makes it. rows: of each source. parts: of fused operators, the
+    share of the time that each part takes."""
 
     lone: dict[str, Lone] = field(default_factory=dict)
     transfer: dict[str, float] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def calibrated(plan: Plan, seconds: float = 0.2) -> Calibration:
@@ -63,6 +65,8 @@ def _leaf(leaf: Leaf, seconds: float, found: Calibration) -> None:
             call = element(node)
             if node.name not in found.lone and any(lists):
                 found.lone[node.name] = _alone(call, lists, seconds)
+                if node.op == "fused":
+                    found.parts[node.name] = _shares(node, lists)
             lists = [call(rows) for rows in lists]
             found.transfer[node.name] = _sending(lists)
     finally:
@@ -86,6 +90,16 @@ def _alone(call: Callable[[Any], Any], lists: list[list[Any]], seconds: float) -
     size = sum(map(len, lists)) / len(lists)
     whole = calibrate(call, lists, seconds)
     return Lone(whole.gil, whole.waited_s / max(size, 1.0))
+
+
+def _shares(node: Node, lists: list[list[Row]]) -> dict[str, float]:
+    spent: dict[str, float] = {}
+    for part in node.params["parts"]:
+        call, start = element(part), time.perf_counter()
+        lists = [call(rows) for rows in lists]
+        spent[part.name] = time.perf_counter() - start
+    whole = sum(spent.values())
+    return {name: seconds / whole for name, seconds in spent.items()}
 
 
 def _sending(lists: list[list[Row]]) -> float:

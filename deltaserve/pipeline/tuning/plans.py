@@ -52,7 +52,9 @@ class Workload:
             "natures": {} if _cached(prepared) else natures(prepared, alone.rows),
             "epochs": epochs(prepared),
             "by": self.by,
-        } | {"resources": self._resources(alone.transfer)}
+            "parts": alone.parts,
+            "resources": self._resources(alone.transfer),
+        }
 
     def _resources(self, transfer: dict[str, float]) -> Resources:
         import psutil

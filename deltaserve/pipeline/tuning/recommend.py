@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from deltaserve.pipeline.trace import Trace
@@ -22,7 +22,8 @@ class Advice:
     """bottleneck: the operator that limits now. demands: per element of the root.
     allocation: threads and processes; its rate is an upper bound. warm: the same once the
     caches are filled. caches: where they pay (none without a second epoch). refused: why
-    nothing nearer the root may be cached. prefetch: elements at the root."""
+    nothing nearer the root may be cached. prefetch: elements at the root. parts: of fused
+    operators, the share of the time that each part takes."""
 
     bottleneck: str
     demands: Mapping[str, Demand]
@@ -31,6 +32,13 @@ class Advice:
     caches: tuple[Place, ...]
     refused: tuple[Place, ...]
     prefetch: int
+    parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def slowest(self) -> str:
+        """The bottleneck, or the part of it that takes longest."""
+        parts = self.parts.get(self.bottleneck)
+        return max(parts, key=lambda name: parts[name]) if parts else self.bottleneck
 
 
 def advise(
@@ -41,6 +49,7 @@ def advise(
     natures: Mapping[str, Nature] | None = None,
     epochs: float = 1,
     by: By = "program",
+    parts: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Advice:
     """Threads by the linear program, or by tf.data's analytic model; with several epochs,
     caches too, and what lies below them costs nothing once they are filled.
@@ -67,6 +76,7 @@ def advise(
         tuple(chosen),
         tuple(refused),
         min(MOST_PREFETCH, max(2, root_prefetch(trace))),
+        parts or {},
     )
 
 

@@ -9,16 +9,14 @@ measured: they pay from the second epoch on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from deltaserve.errors import PipelineError
 from deltaserve.pipeline.trace import Trace
-from deltaserve.pipeline.tuning.cacheplace import Nature
 from deltaserve.pipeline.tuning.program import Resources
-from deltaserve.pipeline.tuning.rates import Lone
-from deltaserve.pipeline.tuning.recommend import Advice, By, advise
+from deltaserve.pipeline.tuning.recommend import Advice, advise
 from deltaserve.pipeline.tuning.settings import Settings
 
 
@@ -64,7 +62,8 @@ def run_traced(
         opened.start_clock()
         end = time.perf_counter() + seconds
         taken = 0
-        while time.perf_counter() < end and (elements is None or taken < elements):
+        # At least one, however slow.
+        while not taken or (time.perf_counter() < end and (elements is None or taken < elements)):
             if compute_s:
                 time.sleep(compute_s)
             if next(opened, None) is None:
@@ -72,8 +71,7 @@ def run_traced(
             taken += 1
         if not taken:
             raise TooShortError(
-                f"the pipeline gave one element and no more in {seconds:g} s: give it more rows, "
-                "or longer"
+                "the pipeline ends with its first element: give it more rows, or epochs"
             )
         return opened.trace()
     finally:
@@ -89,13 +87,10 @@ def tune(
     seconds: float = 2.0,
     elements: int | None = None,
     compute_s: float = 0.0,
-    lone: Mapping[str, Lone] | None = None,
-    natures: Mapping[str, Nature] | None = None,
-    epochs: float = 1,
-    by: By = "program",
+    **known: Any,
 ) -> Tuned:
     """open_with: the pipeline with these settings, from its beginning. start: those of now.
-    stages: the parallel ones."""
+    stages: the parallel ones. known: what `advise` is told beside the trace."""
 
     def traced(settings: Settings) -> Trace:
         opened = open_with(settings)
@@ -105,7 +100,7 @@ def tune(
     single = Settings(dict.fromkeys(stages, 1))
     same = not start.processes and all(start.workers(stage) == 1 for stage in stages)
     calibration = before if same else traced(single)
-    advice = advise(calibration, resources, lone=lone, natures=natures, epochs=epochs, by=by)
+    advice = advise(calibration, resources, **known)
     settings = advised(advice, stages)
     # Measured as it is while caches fill.
     after = traced(replace(settings, caches=()))
