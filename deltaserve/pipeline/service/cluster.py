@@ -17,12 +17,13 @@ from typing import Any
 from deltaserve.errors import DeltaServeError, ServiceError
 from deltaserve.pipeline.plan import Plan
 from deltaserve.pipeline.service.dispatcher import Dispatcher
+from deltaserve.pipeline.service.journal import Journal
 from deltaserve.pipeline.service.link import WorkerLost
 from deltaserve.pipeline.service.stream import JobOptions, ServiceStream
 from deltaserve.pipeline.service.worker import Worker
 
 NAMESPACE = "deltaserve-pipelines"
-# A worker or dispatcher that has not called after so long did not start.
+# A worker or dispatcher that has not called for so long did not start, or hangs.
 START_S = 60.0
 SCALE_EVERY_S = 0.5
 # An answer that takes longer is lost, and asked for again; every question may be repeated.
@@ -42,6 +43,9 @@ class WorkerActor:
     def __init__(self, service: str, name: str, beat_s: float) -> None:
         self._worker = Worker(name, RayLink(service), beat_s)
         threading.Thread(target=self._worker.beat_until_stopped, daemon=True).start()
+
+    def live(self) -> None:
+        """Answers if it does."""
 
     def prepare(self, *args: Any) -> Any:
         return self._worker.prepare(*args)
@@ -147,7 +151,7 @@ class Service:
         min_workers: int = 0,
         max_workers: int = 2,
         address: str | None = None,
-        heartbeat_limit_s: float = 5.0,
+        heartbeat_limit_s: float = 10.0,
         patience_s: float = 30.0,
     ) -> None:
         if not 0 <= min_workers <= max_workers:
@@ -155,6 +159,7 @@ class Service:
                 f"workers from {min_workers} to {max_workers}: the least must be 0 or more, and "
                 "not more than the most"
             )
+        _try_folder(folder)
         self._ray = import_ray()
         self.name, self._limits = name, (min_workers, max_workers)
         self._beat_s = heartbeat_limit_s / 5
@@ -199,10 +204,14 @@ class Service:
     def _start_dispatcher(self, folder: Path, heartbeat_limit_s: float) -> Any:
         name = dispatcher_name(self.name)
         remote = self._ray.remote(num_cpus=0, max_restarts=-1)(DispatcherActor)
+        # Where this process is: the folder is on this machine.
+        strategies = self._ray.util.scheduling_strategies
+        here = strategies.NodeAffinitySchedulingStrategy(
+            self._ray.get_runtime_context().get_node_id(), soft=False
+        )
+        options = {"name": name, "namespace": NAMESPACE, "scheduling_strategy": here}
         try:
-            return remote.options(name=name, namespace=NAMESPACE).remote(
-                str(folder.absolute()), heartbeat_limit_s
-            )
+            return remote.options(**options).remote(str(folder.absolute()), heartbeat_limit_s)
         except ValueError:
             raise ServiceError(
                 f"a pipeline service '{self.name}' runs on this cluster; give this one another name"
@@ -233,10 +242,21 @@ class Service:
         now = time.monotonic()
         for name, (handle, since, seen) in list(self._workers.items()):
             if name in alive:
-                self._workers[name] = (handle, since, True)
-            elif seen or now - since > START_S:
+                self._workers[name] = (handle, now, True)
+            elif now - since > START_S or (seen and self._is_dead(handle)):
                 self._ray.kill(handle)
                 del self._workers[name]
+
+    def _is_dead(self, handle: Any) -> bool:
+        """Not merely silent, as on a machine that has too much to do."""
+        try:
+            answer = handle.live.options(concurrency_group="shared").remote()
+            self._ray.get(answer, timeout=1.0)
+        except self._ray.exceptions.GetTimeoutError:
+            return False
+        except self._ray.exceptions.RayError:
+            return True
+        return False
 
     def _start_worker(self, node: str | None) -> None:
         name = f"{self.name}-worker-{uuid.uuid4().hex[:8]}"
@@ -280,6 +300,21 @@ def connect_ray(address: str | None, cpus: int | None = None) -> bool:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ServiceError(f"cannot reach the Ray cluster: {error}") from None
     return address is None
+
+
+def _try_folder(folder: Path) -> None:
+    """Tell here what would kill every dispatcher.
+
+    Raises:
+        ServiceError: the folder cannot be written, is used by another dispatcher, or its journal
+            is damaged.
+    """
+    try:
+        Journal(folder, lambda record: None).close()
+    except OSError as error:
+        raise ServiceError(
+            f"the work folder {folder} cannot be used ({error.strerror}); name another"
+        ) from None
 
 
 def dispatcher_name(service: str) -> str:

@@ -36,7 +36,11 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "journal"
         self._lock = _lock(folder)
-        records, good = read(self.path)
+        try:
+            records, good = read(self.path)
+        except ServiceError:
+            os.close(self._lock)
+            raise
         for record in records:
             replay(record)
         self._file = open(self.path, "r+b" if self.path.exists() else "w+b", buffering=0)  # noqa: SIM115

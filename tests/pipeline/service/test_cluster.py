@@ -110,6 +110,12 @@ def test_shared_streams_and_rounds(service, tmp_path):
 def test_a_name_that_is_taken_and_a_service_that_is_not_there(service, tmp_path):
     with pytest.raises(ServiceError, match="another name"):
         Service(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ServiceError, match="cannot be used"):
+        Service(tmp_path / "file")
+    (tmp_path / "journal").write_bytes(b"something else")
+    with pytest.raises(ServiceError, match="not a journal"):
+        Service(tmp_path)
     began = time.monotonic()
     with pytest.raises(ServiceError, match=r"'nowhere' did not answer for 0\.5 s"):
         connect("nowhere", patience_s=0.5)

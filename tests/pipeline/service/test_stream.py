@@ -339,6 +339,7 @@ def test_rounds_are_of_near_equal_cost_and_all_rows_arrive(cluster):
     assert not Counter(got) - Counter(whole)
 
 
+@pytest.mark.slow
 def test_rounds_survive_their_host_and_a_return(cluster):
     plan = numbers(cluster.folder, 3000, n=2, cost_s=0.0002)
     cluster.add()
