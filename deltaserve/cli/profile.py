@@ -60,7 +60,8 @@ def profile_plan(
 @contextmanager
 def open_tuned(plan: Plan, cache: Path | None) -> Iterator[Profiled]:
     """A plan with what tuning found; what is set is told on stderr."""
-    work, settings = Workload(plan, cache=cache), Settings()
+    work = Workload(plan, cache=cache)
+    settings = Settings(dict.fromkeys(segment_names(prepare(plan)), 1))
     try:
         settings = tune_plan(work, settings, TUNING_S).settings
         print(f"tuned: {settings}", file=sys.stderr)

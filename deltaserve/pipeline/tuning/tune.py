@@ -105,7 +105,12 @@ def tune(
     # Measured as it is while caches fill.
     after = traced(replace(settings, caches=()))
     if after.rate < before.rate:
-        return Tuned(start, advice, (before, calibration, after), before.rate)
+        return Tuned(
+            replace(start, caches=settings.caches),
+            advice,
+            (before, calibration, after),
+            before.rate,
+        )
     return Tuned(settings, advice, (before, calibration, after), after.rate)
 
 
