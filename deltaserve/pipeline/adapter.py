@@ -22,13 +22,14 @@ from deltaserve.pipeline.mixing import ENDLESS, Phases, Turns
 from deltaserve.pipeline.operators import ELEMENT, OPERATORS, SOURCE
 from deltaserve.pipeline.plan import Node
 from deltaserve.pipeline.rows import Row
-from deltaserve.pipeline.segments import CHUNK, Done, Work
+from deltaserve.pipeline.segments import CHUNK, Done, Work, leaves_of
 from deltaserve.pipeline.sources import extra
 
 # absl reports through logging that optional parts (jax) are missing.
 logging.getLogger("absl").setLevel(logging.ERROR)
 grain = extra("grain")
 experimental = extra("grain.experimental")
+cloudpickle = extra("cloudpickle")  # what Grain sends datasets with
 MapDataset: Any = grain.MapDataset
 
 WORKER_DIED = "terminated unexpectedly"
@@ -131,6 +132,7 @@ class LocalExecutor:
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * self.buffer)
         dataset = segment.dataset(first).to_iter_dataset(options)
         if self.processes:
+            _require_sendable(segment.work)
             workers = min(self.processes, segment.lists - first)
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(
@@ -141,6 +143,19 @@ class LocalExecutor:
         iterator = iter(dataset)
         self._open.append(iterator)
         return iterator
+
+
+def _require_sendable(work: Work) -> None:
+    """Raises PipelineError naming the operator that cannot be sent to another process."""
+    for leaf in leaves_of(work.root):
+        for node in (leaf.source, *leaf.elements):
+            try:
+                cloudpickle.dumps(dict(node.params))
+            except Exception as cause:  # what is pickled raises what it likes
+                raise PipelineError(
+                    f"{node.name}: it cannot be sent to worker processes ({cause}): use threads, "
+                    "or a function that holds nothing of this process"
+                ) from None
 
 
 def prefetch(stream: Any, n: int) -> Any:

@@ -134,6 +134,19 @@ def test_an_error_in_a_function_names_operator_and_row(tmp_path: Path) -> None:
             values(plan, "x", **options)
 
 
+def test_a_function_that_cannot_be_sent_is_named(tmp_path: Path) -> None:
+    lock = threading.Lock()
+
+    def locked(row: dict[str, Any]) -> dict[str, Any]:
+        with lock:
+            return row
+
+    plan = numbers(tmp_path, 100).map(locked, name="locked")
+    assert len(values(plan, "n", threads=2)) == 100
+    with pytest.raises(PipelineError, match=r"locked: it cannot be sent to worker processes"):
+        values(plan, "n", processes=1)
+
+
 def test_probes_see_every_operator(tmp_path: Path) -> None:
     class Probe:
         def __init__(self) -> None:
