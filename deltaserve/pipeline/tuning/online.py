@@ -45,9 +45,12 @@ def _minus(now: OperatorFigures, then: OperatorFigures | None) -> OperatorFigure
 
 
 def window(before: Trace, after: Trace) -> Window | None:
-    """What the controller is shown; None while nothing was finished."""
+    """What the controller is shown; None while nothing was finished. Nor can be said what rows
+    cost that were all made before: a list counts when it is done."""
     moved = difference(before, after)
     if moved.elements <= 0 or not moved.operators[moved.root].made:
+        return None
+    if any(each.handed and not each.made for each in moved.operators.values()):
         return None
     stages: dict[str, StageWindow] = {}
     for each in demands(moved).values():
@@ -88,7 +91,7 @@ class Autotuner:
             self._thread.join()
 
     def look(self) -> dict[str, int]:
-        """One period: what was changed. A period without an element joins the next."""
+        """One period: what was changed. A period that says nothing joins the next."""
         now = self._pipeline.trace()
         seen = window(self._before, now)
         if seen is None:

@@ -79,8 +79,8 @@ def epochs(plan: Plan) -> float:
 
 def natures(plan: Plan, rows: Mapping[str, int]) -> dict[str, Nature]:
     """What the plan declares of its operators, for the placement of caches; rows: of each
-    source. Shuffles and
-    repeats in a segment only order row numbers, so a cache below or above them is the same."""
+    source. Shuffles and repeats in a segment only order row numbers, so a cache below or above
+    them is the same."""
     return {
         node.name: Nature(
             tuple(below.name for below in measured_inputs(node)),
