@@ -1,164 +1,226 @@
-"""One job, done by the input pipelines that people use: as each one's documentation has it.
+"""The same job by this library and by others, in turns:
+``python -m deltaserve.bench.pipeline_peers``.
 
-The job: conversations in JSON lines -> chat template -> token ids and loss mask -> rows of
-LENGTH tokens -> batches of BATCH rows, epoch after epoch, without shuffling. Whoever has a
-packer of its own uses it (DeltaServe, Grain); the others join and cut, as `group_texts` in
-Hugging Face's examples does.
+Each turn is a process of its own: a few batches to warm up, then as many as come in some seconds.
+CPU time is that of the process and all that it started, in those seconds. Rounds are interleaved;
+the median round counts, ratios are those of one round. Who fails is said to have failed.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import importlib.metadata
 import json
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
-import numpy as np
+import psutil
 
-from deltaserve.bench.pipeline_text import Corpus
+from deltaserve.bench.pipeline_loaders import LOADERS, filled
+from deltaserve.bench.pipeline_text import Corpus, existing, write
+from deltaserve.bench.record import record
 
-LENGTH, BATCH, ROWS = 1024, 8, 64
-"""Tokens of a row, rows of a batch, and conversations that are tokenised in one call."""
-Batch = Mapping[str, Any]
-FIELDS = {"input_ids": np.int32, "loss_mask": np.uint8}
-
-
-_mine = threading.local()
-_loading = threading.Lock()
-
-
-def _tokenizer(path: str) -> Any:
-    """This thread's own: one may not be used by two at a time."""
-    if not hasattr(_mine, "tokenizer"):
-        with _loading:
-            from transformers import AutoTokenizer
-
-            _mine.tokenizer = AutoTokenizer.from_pretrained(path)
-    return _mine.tokenizer
+WARM_UP = 24
+SIDES = ("deltaserve:0", "grain:0", "dataloader:0", "streaming:0",
+         "deltaserve:2", "grain:2", "dataloader:2", "ray:2")  # fmt: skip
+"""Loaders, with their number of worker processes."""
+VERSIONS = ("grain", "torch", "datasets", "ray", "tokenizers")
+LIMIT_S = 120.0
 
 
-class Encode:
-    """Conversations -> {"input_ids": lists, "loss_mask": lists}; can be sent to processes."""
+class PeerError(Exception):
+    pass
 
-    def __init__(self, corpus: Corpus) -> None:
-        self.path = str(corpus.tokenizer)
 
-    def __call__(self, conversations: Sequence[Any]) -> dict[str, list[Any]]:
-        made = _tokenizer(self.path).apply_chat_template(
-            list(conversations), return_dict=True, return_assistant_tokens_mask=True
+@dataclass(frozen=True)
+class Turn:
+    side: str
+    tokens_per_s: float
+    cpu_s_per_million: float
+    fill: float
+
+
+class CpuOfTree:
+    """CPU seconds of this process's descendants so far, also of those that have ended (as they
+    were seen last, up to ``PERIOD`` before)."""
+
+    PERIOD = 0.1
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, float], float] = {}
+        self._done = Event()
+        self._thread = Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def now(self) -> float:
+        for each in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                times = each.cpu_times()
+                self._seen[each.pid, each.create_time()] = times.user + times.system
+        return sum(list(self._seen.values()))
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._done.wait(self.PERIOD):
+            self.now()
+
+
+def consume(side: str, corpus: Corpus, seconds: float) -> None:
+    """In a process of its own: tells when it is warm, and then what came; ends when told to."""
+    name, workers = side.split(":")
+    batches = LOADERS[name](corpus, int(workers))
+    for _ in range(WARM_UP):
+        next(batches)
+    print(json.dumps({"warm": True}), flush=True)
+    tokens = places = 0
+    began = time.perf_counter()
+    while (wall := time.perf_counter() - began) < seconds:
+        more = filled(next(batches))
+        tokens, places = tokens + more[0], places + more[1]
+    print(json.dumps({"tokens": tokens, "places": places, "seconds": wall}), flush=True)
+    sys.stdin.readline()
+    batches.close()  # type: ignore[attr-defined]
+
+
+def turn(side: str, folder: Path, seconds: float) -> Turn:
+    """Raises PeerError: the loader ended, or gave nothing in time."""
+    command = [sys.executable, "-m", "deltaserve.bench.pipeline_peers", "--one", side]
+    command += ["--corpus", str(folder), "--seconds", str(seconds)]
+    tree = CpuOfTree()
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
         )
-        return {"input_ids": made["input_ids"], "loss_mask": made["assistant_masks"]}
+        overdue = Event()
+        guard = Thread(target=_guard, args=(child, overdue), daemon=True)
+        guard.start()
+        try:
+            lines = _answers(child)
+            next(lines)
+            before = tree.now()
+            found = next(lines)
+            cpu = tree.now() - before
+        except StopIteration:
+            child.wait()
+            errors.seek(0)
+            said = errors.read().strip().splitlines() or ["nothing on stderr"]
+            raise PeerError(f"ended with {child.returncode}: {said[-1]}") from None
+        finally:
+            tree.stop()
+            _end(child, overdue)
+    million = found["tokens"] / 1e6
+    return Turn(side, found["tokens"] / found["seconds"], cpu / million,
+                found["tokens"] / found["places"])  # fmt: skip
 
-    def rows(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """For libraries that hand over columns."""
-        chats = [
-            [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
-            for messages in batch["messages"]
-        ]
-        return self(chats)
+
+def _answers(child: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    """Ours among what libraries print."""
+    assert child.stdout is not None
+    for line in child.stdout:
+        with contextlib.suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                yield found
 
 
-def join(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """All rows of a list end to end, cut every LENGTH; the rest of the list is dropped."""
-    whole = {name: np.concatenate([np.asarray(r) for r in batch[name]]) for name in FIELDS}
-    rows = len(whole["input_ids"]) // LENGTH
+def _guard(child: subprocess.Popen[str], overdue: Event) -> None:
+    if not overdue.wait(LIMIT_S):
+        child.kill()
+
+
+def _end(child: subprocess.Popen[str], overdue: Event) -> None:
+    """It may clean up; what is left of it after 10 s is killed."""
+    overdue.set()
+    family = psutil.Process().children(recursive=True)
+    with contextlib.suppress(OSError):
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.close()
+    _, left = psutil.wait_procs(family, timeout=10)
+    for each in left:
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+    child.wait()
+
+
+def compare(
+    sides: Sequence[str], folder: Path, seconds: float, rounds: int
+) -> list[dict[str, Any]]:
+    """Medians of all sides, with the least and the most; ratios to ours with as many workers."""
+    turns: dict[str, list[Turn]] = {side: [] for side in sides}
+    failed: dict[str, str] = {}
+    for _ in range(rounds):
+        for side in sides:
+            if side in failed:
+                continue
+            try:
+                turns[side].append(turn(side, folder, seconds))
+                print(asdict(turns[side][-1]), file=sys.stderr, flush=True)
+            except PeerError as error:
+                failed[side] = str(error)
+                print(f"{side}: {error}", file=sys.stderr, flush=True)
+    return [_summary(side, turns, failed) for side in sides]
+
+
+def _summary(side: str, turns: dict[str, list[Turn]], failed: dict[str, str]) -> dict[str, Any]:
+    if side in failed:
+        return {"side": side, "failed": failed[side]}
+    ours = f"deltaserve:{side.split(':')[1]}"
+    found: dict[str, Any] = {"side": side, "rounds": len(turns[side])}
+    for name in ("tokens_per_s", "cpu_s_per_million", "fill"):
+        values = [getattr(each, name) for each in turns[side]]
+        found[name] = _spread(values)
+        if side != ours and ours in turns and ours not in failed and name != "fill":
+            pairs = zip(turns[ours], values, strict=True)
+            ratios = [getattr(mine, name) / value for mine, value in pairs]
+            found[f"{name}, ours / theirs"] = _spread(ratios)
+    return found
+
+
+def _spread(values: list[float]) -> dict[str, float]:
     return {
-        name: whole[name][: rows * LENGTH].reshape(rows, LENGTH).astype(kind)
-        for name, kind in FIELDS.items()
+        name: float(f"{of(values):.4g}")
+        for name, of in (("median", statistics.median), ("least", min), ("most", max))
     }
 
 
-def dataloader(corpus: Corpus, workers: int) -> Iterator[Batch]:
-    """An IterableDataset that its workers share out by line, as PyTorch's documentation has it."""
-    import torch
-    from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-
-    encode = Encode(corpus)
-
-    class Packed(IterableDataset):
-        def __iter__(self) -> Iterator[Batch]:
-            worker = get_worker_info()
-            first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-            held: list[Any] = []
-            while True:
-                with open(corpus.chats) as file:
-                    for number, line in enumerate(file):
-                        if number % step == first:
-                            held.append(json.loads(line)["messages"])
-                        if len(held) == ROWS:
-                            rows = join(encode(held))
-                            held = []
-                            for at in range(len(rows["input_ids"])):
-                                yield {name: torch.from_numpy(rows[name][at]) for name in FIELDS}
-
-    yield from DataLoader(Packed(), batch_size=BATCH, num_workers=workers)
-
-
-def streaming(corpus: Corpus, workers: int) -> Iterator[Batch]:
-    """Hugging Face datasets, streamed and mapped in lists."""
-    from datasets import load_dataset
-
-    data = load_dataset("json", data_files=str(corpus.chats), split="train", streaming=True)
-    data = data.map(
-        Encode(corpus).rows, batched=True, batch_size=ROWS, remove_columns=["id", "messages"]
-    )
-    data = data.map(join, batched=True, batch_size=ROWS).repeat(None).with_format("numpy")
-    yield from data.iter(BATCH)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sides", nargs="*", help=f"LOADER:WORKERS; by default {' '.join(SIDES)}")
+    parser.add_argument("--seconds", type=float, default=5, help="of each turn")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="write a JSON file as well")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        consume(args.one, existing(args.corpus), args.seconds)
+        return
+    sides = args.sides or SIDES
+    if wrong := [s for s in sides if s.split(":")[0] not in LOADERS or not s[-1].isdigit()]:
+        parser.error(f"{wrong[0]}: LOADER:WORKERS, with one of {', '.join(LOADERS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        results = compare(sides, Path(folder), args.seconds, args.rounds)
+    print(json.dumps(results, indent=1))
+    if args.out:
+        command = " ".join(["python -m deltaserve.bench.pipeline_peers", *args.sides])
+        command += f" --seconds {args.seconds:g} --rounds {args.rounds}"
+        versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+        record(args.out, command, {"versions": versions, "sides": results})
 
 
-def grain(corpus: Corpus, workers: int) -> Iterator[Batch]:
-    """Random access, threads (or processes), Grain's own best-fit packer."""
-    import grain.python as pygrain
-    from grain.experimental import BestFitPackIterDataset
-
-    encode = Encode(corpus)
-    lines = corpus.chats.read_text().splitlines()
-
-    def one(line: str) -> dict[str, np.ndarray]:
-        made = encode([json.loads(line)["messages"]])
-        return {name: np.asarray(made[name][0][:LENGTH], kind) for name, kind in FIELDS.items()}
-
-    data = pygrain.MapDataset.source(lines).repeat(None).map(one)
-    rows = data.to_iter_dataset(pygrain.ReadOptions(num_threads=2, prefetch_buffer_size=128))
-    if workers:
-        rows = rows.mp_prefetch(pygrain.MultiprocessingOptions(num_workers=workers))
-    packed = BestFitPackIterDataset(
-        rows, length_struct=dict.fromkeys(FIELDS, LENGTH), num_packing_bins=128
-    )
-    yield from packed.batch(BATCH)
-
-
-def ray_data(corpus: Corpus, workers: int) -> Iterator[Batch]:
-    """Ray Data with its own settings; an epoch is one execution."""
-    import ray
-
-    encode = Encode(corpus)
-    ray.init(num_cpus=workers or 1, include_dashboard=False, log_to_driver=False, logging_level=40)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    while True:
-        data = ray.data.read_json(str(corpus.chats), lines=True)
-        data = data.map_batches(encode.rows, batch_size=ROWS)
-        data = data.map_batches(join, batch_size=ROWS)
-        yield from data.iter_batches(batch_size=BATCH, drop_last=True)
-
-
-PEERS: dict[str, Callable[[Corpus, int], Iterator[Batch]]] = {
-    "dataloader": dataloader,
-    "grain": grain,
-    "ray": ray_data,
-    "streaming": streaming,
-}
-
-
-def tokens(batch: Batch) -> int:
-    """Of a batch, without padding."""
-    ids = np.asarray(batch["input_ids"])
-    return int(np.count_nonzero(ids))
-
-
-def corpus_in(folder: Path) -> Corpus:
-    names = ("chats.jsonl", "pairs.jsonl", "texts.parquet", "tokenizer")
-    chats, pairs, parquet, tokenizer = (folder / name for name in names)
-    with open(chats) as file:
-        return Corpus(chats, pairs, parquet, tokenizer, sum(1 for _ in file))
+if __name__ == "__main__":
+    main()
