@@ -286,8 +286,9 @@ class Preparing:
             except Exception as error:  # whatever a tokenizer's files hold, the others go on
                 if not isinstance(error, DeltaServeError):
                     logger.exception("a grammar could not be compiled")
-                name = seq.request.request_id
-                failed.append(TokenEvent(name, (), FinishReason.ERROR, str(error)))
+                wrong = isinstance(error, RequestError)
+                reason = FinishReason.REFUSED if wrong else FinishReason.ERROR
+                failed.append(TokenEvent(seq.request.request_id, (), reason, str(error)))
         return ready, failed
 
     def wait(self) -> None:

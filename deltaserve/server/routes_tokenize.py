@@ -14,7 +14,8 @@ from deltaserve.server.bodies import DetokenizeRequest, TokenizeChat, TokenizeTe
 from deltaserve.server.errors import json_response
 from deltaserve.server.logprobs import token_text
 from deltaserve.server.prompts import beside
-from deltaserve.server.requests import Service, read_either, read_request
+from deltaserve.server.reading import read_either, read_request
+from deltaserve.server.requests import Service
 
 ALIASES = {path: f"/v1{path}" for path in ("/tokenize", "/detokenize", "/tokenizer_info")}
 

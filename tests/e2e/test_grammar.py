@@ -246,11 +246,11 @@ def test_what_cannot_be_compiled_or_spelled_ends_with_an_error(world: World) -> 
     ends = {}
     while engine.has_work():
         ends |= {e.request_id: e for e in engine.step() if e.finish_reason}
-    assert ends["broken"].finish_reason is FinishReason.ERROR
+    assert ends["broken"].finish_reason is FinishReason.REFUSED
     assert "not a usable regex" in (ends["broken"].error or "")
     assert ends["fine"].finish_reason is FinishReason.STOP
     if unspellable:
-        assert ends["foreign"].finish_reason is FinishReason.ERROR
+        assert ends["foreign"].finish_reason is FinishReason.REFUSED
         assert "no token of the model's vocabulary" in (ends["foreign"].error or "")
     assert engine.stats().kv_blocks_used == 0
 
