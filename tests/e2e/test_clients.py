@@ -13,7 +13,10 @@ from tests.tenancy_server import ACME, GLOBEX, Serving, make_base
 pytestmark = pytest.mark.slow
 ANSWER = {"max_tokens": 8, "temperature": 0}
 SAY = [{"role": "user", "content": "sort: dcab"}]
-CITY = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+CITY = {
+    "type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"],
+    "additionalProperties": False,
+}  # fmt: skip
 WEATHER = {"name": "weather", "description": "of a city", "parameters": CITY}
 
 
@@ -42,7 +45,7 @@ def test_langchain(serving):
     made = lc.ChatOpenAI(**where, max_tokens=200).with_structured_output({"title": "x", **CITY})
     assert made.invoke(SAY)["city"] in ("Rome", "Oslo")
     tool = {"type": "function", "function": WEATHER}
-    forced = lc.ChatOpenAI(**where, max_tokens=60).bind_tools([tool], tool_choice="weather")
+    forced = lc.ChatOpenAI(**where, max_tokens=100).bind_tools([tool], tool_choice="weather")
     (call,) = forced.invoke(SAY).tool_calls
     assert (call["name"], call["args"]["city"] in ("Rome", "Oslo")) == ("weather", True)
     vectors = lc.OpenAIEmbeddings(**where, check_embedding_ctx_length=False).embed_documents(
@@ -65,7 +68,7 @@ def test_litellm(serving, provider):
     choice = {"type": "function", "function": {"name": "weather"}}
     tools = [{"type": "function", "function": WEATHER}]
     forced = litellm.completion(
-        **where, messages=SAY, tools=tools, tool_choice=choice, max_tokens=60
+        **where, messages=SAY, tools=tools, tool_choice=choice, max_tokens=100
     )
     (call,) = forced.choices[0].message.tool_calls
     assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
