@@ -106,6 +106,4 @@ def _parameters(changed: Sequence[ParameterDiff]) -> Table:
 def _advise(console: Console, parameters: bool) -> None:
     if not parameters:
         console.print("--parameters lists each of them")
-    console.print(
-        "deltaserve compress tries them all and takes what costs least"
-    )
+    console.print("deltaserve compress tries them all and takes what costs least")
