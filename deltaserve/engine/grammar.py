@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 
 WHITESPACE = r"[ \n\r\t]{0,16}"
 """Between the parts of JSON. Bounded, because some models would write nothing else."""
-MAX_COMPILED = 32
+MAX_COMPILED = 16
 """Grammars that stay compiled for the next request. A hostile one holds up to 50 MB."""
-MAX_STEP_FUEL, MAX_LEXER_STATES = 50_000, 50_000
-"""What following a grammar may cost: some milliseconds a token, and megabytes. Ordinary ones need
-a hundredth of both; the rest of llguidance's limits are its own."""
+FIRST_FUEL, STEP_FUEL, LEXER_STATES = 600_000, 50_000, 50_000
+"""What a grammar may cost, in llguidance's units: the first mask about 0.1 s, each further one some
+milliseconds, all of them 50 MB. Ordinary grammars need a hundredth; 1000 long choices a half."""
 MAX_FORCED = 256
 """Bytes that a grammar leaves no choice about and that are encoded at once. There may be
 millions, which would be encoded anew for each token while all other requests wait."""
@@ -243,7 +243,11 @@ class Compiler:
         with self._lock:  # each vocabulary once
             tokenizer = self._shared(vocabulary).ll
         ll = _llguidance()
-        limits = ll.LLParserLimits(step_lexer_fuel=MAX_STEP_FUEL, max_lexer_states=MAX_LEXER_STATES)
+        limits = ll.LLParserLimits(
+            initial_lexer_fuel=FIRST_FUEL,
+            step_lexer_fuel=STEP_FUEL,
+            max_lexer_states=LEXER_STATES,
+        )
         inner: LLMatcher = ll.LLMatcher(tokenizer, _source(grammar), log_level=0, limits=limits)
         # Most of the work is in the first mask, so it is done here and not while others wait.
         inner.compute_bitmask()
