@@ -20,18 +20,21 @@ from deltaserve.compress.plan import make_plan
 from deltaserve.compress.run import compress
 
 VOCAB = 8192
+LORA_RANK = 16
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
 @dataclass(frozen=True)
 class PeerModels:
     """base and full checkpoints of the fine-tunes, and the same fine-tunes as deltas; wholes: as
-    artifacts that hold every weight as it is."""
+    artifacts that hold every weight as it is. adapters: LoRA of the same base; loras: as deltas."""
 
     base: Path
     tunes: tuple[Path, ...]
     deltas: tuple[Path, ...]
     wholes: tuple[Path, ...]
+    adapters: tuple[Path, ...]
+    loras: tuple[Path, ...]
 
 
 def build(root: Path, count: int, *, hidden: int = 512, layers: int = 8) -> PeerModels:
@@ -49,7 +52,14 @@ def build(root: Path, count: int, *, hidden: int = 512, layers: int = 8) -> Peer
             compress(base, tune, delta)
         if not whole.is_dir():
             compress(base, tune, whole, make_plan("raw"))
-    return PeerModels(base, tunes, deltas, wholes)
+    adapters = tuple(root / f"lora{i}" for i in range(count))
+    loras = tuple(root / f"lora{i}.delta" for i in range(count))
+    for seed, (adapter, lora) in enumerate(zip(adapters, loras, strict=True)):
+        if not (adapter / "adapter_config.json").is_file():
+            _save_adapter(base, adapter, seed)
+        if not lora.is_dir():
+            compress(base, adapter, lora)
+    return PeerModels(base, tunes, deltas, wholes, adapters, loras)
 
 
 def prompt(index: int, num_words: int = 64) -> str:
@@ -85,6 +95,20 @@ def _save_tune(base: Path, path: Path, seed: int) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.002)
     model.save_pretrained(path)
     _tokenizer().save_pretrained(path)
+
+
+def _save_adapter(base: Path, path: Path, seed: int) -> None:
+    """All projections, rank 16; both factors random, so that each adapter says something else."""
+    from peft import LoraConfig, get_peft_model  # slow to import
+
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # zero when new
+            torch.nn.init.normal_(parameter, std=0.01)
+    adapted.save_pretrained(path)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
