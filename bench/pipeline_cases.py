@@ -1,205 +1,126 @@
-"""Six pipelines over real formats and tools, as plain functions in two parallel stages each.
+"""Six plans over real text that want different settings.
 
-jsonl_chat   JSON lines -> chat template -> Hugging Face tokeniser -> packed rows
-parquet      Parquet with zstd, row groups -> tokeniser -> batches
-remote       a store that answers after 8 ms -> parse -> batches
-filter       JSON lines -> quality filter that keeps a tenth -> tokeniser -> batches
-dpo          pairs of answers fetched from two stores -> both tokenised -> padded batches
-gil          pure Python cleaning (holds the lock) -> hashing of large blocks (does not)
+chat      JSON lines -> chat template -> tokens with loss mask -> best-fit packing
+parquet   Parquet with zstd -> tokens -> padded batches
+remote    rows that a store gives after 6 ms -> tokens -> packing
+filter    JSON lines -> a compressibility filter that drops most -> chat template -> packing
+pairs     preference pairs, scored by a service in 3 ms -> both answers tokenised -> batches
+mix       remote rows that a filter thins, and pure Python cleaning: two segments, mixed
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import itertools
-import json
-import random
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deltaserve.bench.pipeline_stages import DROPPED, Step
+from deltaserve.bench.pipeline_text import Corpus
+from deltaserve.pipeline.plan import Plan
+from deltaserve.pipeline.tokenizers import tokenizer_of
 
-ROWS = 2000
-TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+LENGTH = 1024
+# Few rows are arranged together, so that short measurements see many windows.
+WINDOW = 32
 
 
 @dataclass(frozen=True)
 class Case:
     name: str
-    source: Callable[[], Iterator[Any]]
-    steps: tuple[Step, ...]
-
-    def parallel(self) -> list[str]:
-        return [step.name for step in self.steps if not step.serial]
+    make: Callable[[Corpus], Plan]
 
 
-class Data:
-    """Files of random conversations, and a tokeniser trained on them."""
-
-    def __init__(self, folder: Path, seed: int = 0) -> None:
-        self.jsonl, self.parquet = folder / "chats.jsonl", folder / "texts.parquet"
-        rng = random.Random(seed)
-        words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(2000)]
-        weights = [1 / (i + 1) for i in range(len(words))]
-        self.texts = [
-            " ".join(rng.choices(words, weights, k=int(min(600, rng.lognormvariate(4.3, 0.8)))))
-            for _ in range(ROWS)
-        ]
-        with open(self.jsonl, "w") as out:
-            for text in self.texts:
-                half = len(text) // 2
-                messages = [
-                    {"role": "user", "content": text[:half]},
-                    {"role": "assistant", "content": text[half:]},
-                ]
-                out.write(json.dumps({"messages": messages}) + "\n")
-        self._write_parquet()
-        self._tokenizer = self._train()
-        self._copies = threading.local()
-
-    def _write_parquet(self) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        table = pa.table({"text": self.texts})
-        pq.write_table(table, self.parquet, compression="zstd", row_group_size=50)
-
-    def _train(self) -> Any:
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-        from transformers import PreTrainedTokenizerFast
-
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-        special = ["<pad>", "<|user|>", "<|assistant|>", "<|end|>"]
-        trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=special, show_progress=False)
-        tokenizer.train_from_iterator(self.texts[:300], trainer)
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", chat_template=TEMPLATE
-        )
-
-    def tokenizer(self) -> Any:
-        """This thread's copy."""
-        if not hasattr(self._copies, "mine"):
-            self._copies.mine = copy.deepcopy(self._tokenizer)
-        return self._copies.mine
-
-    def lines(self) -> Iterator[str]:
-        while True:
-            with open(self.jsonl) as file:
-                yield from file
-
-    def tokenise(self, text: str) -> np.ndarray:
-        return np.asarray(self.tokenizer()(text, verbose=False)["input_ids"], np.int32)
+def fetched(row: dict[str, Any]) -> dict[str, Any]:
+    time.sleep(0.006)
+    return row
 
 
-def cases(data: Data) -> list[Case]:
-    return [_chat(data), _parquet(data), _remote(data), _filter(data), _dpo(data), _gil(data)]
+def compressible(row: dict[str, Any]) -> bool:
+    """Text that says something, and says it once: a tenth to a third of all."""
+    text = row["messages"][-1]["content"].encode()
+    return 0.3 < len(zlib.compress(text, 9)) / len(text) < 0.45
 
 
-def _chat(data: Data) -> Case:
-    def template(line: str) -> str:
-        messages = json.loads(line)["messages"]
-        return str(data.tokenizer().apply_chat_template(messages, tokenize=False))
-
-    steps = (Step("template", template), Step("tokenise", data.tokenise), _serial("pack", pack))
-    return Case("jsonl_chat", data.lines, steps)
+def spoken(row: dict[str, Any]) -> dict[str, Any]:
+    return {"text": "".join(message["content"] for message in row["messages"])}
 
 
-def _parquet(data: Data) -> Case:
-    import pyarrow.parquet as pq
-
-    groups = pq.ParquetFile(data.parquet).num_row_groups
-
-    def read(group: int) -> list[str]:
-        time.sleep(0.004)  # a network disk's seek
-        with pq.ParquetFile(data.parquet) as file:
-            return list(file.read_row_group(group, use_threads=False)["text"].to_pylist()[:10])
-
-    def tokenise(texts: list[str]) -> list[np.ndarray]:
-        return [np.asarray(ids, np.int32) for ids in data.tokenizer()(texts)["input_ids"]]
-
-    steps = (Step("read", read), Step("tokenise", tokenise), _serial("batch", batch, n=2))
-    return Case("parquet", lambda: itertools.cycle(range(groups)), steps)
+def scored(row: dict[str, Any]) -> dict[str, Any]:
+    time.sleep(0.003)
+    return row | {"score": float(len(row["chosen"]) > len(row["rejected"]))}
 
 
-def _remote(data: Data) -> Case:
-    def fetch(row: int) -> str:
-        time.sleep(0.008)
-        return data.texts[row]
+class Both:
+    """Chosen and rejected answer, each after the prompt, as one row of tokens."""
 
-    steps = (Step("fetch", fetch), Step("tokenise", data.tokenise), _serial("batch", batch))
-    return Case("remote", lambda: itertools.cycle(range(ROWS)), steps)
+    def __init__(self, tokenizer: str) -> None:
+        self.tokenizer = tokenizer
 
-
-def _filter(data: Data) -> Case:
-    def good(line: str) -> Any:
-        text = line[30:]
-        ratio = len(zlib.compress(text.encode(), 9)) / len(text)
-        return text if zlib.crc32(text.encode()) % 10 == 0 and ratio < 1 else DROPPED
-
-    steps = (Step("good", good), Step("tokenise", data.tokenise), _serial("batch", batch, n=4))
-    return Case("filter", data.lines, steps)
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        texts = [row["prompt"] + row[answer] for answer in ("chosen", "rejected")]
+        ids = tokenizer_of(self.tokenizer)(texts, truncation=True, max_length=LENGTH)["input_ids"]
+        return {"input_ids": np.concatenate([np.asarray(each, np.int32) for each in ids])}
 
 
-def _dpo(data: Data) -> Case:
-    def fetch(row: int) -> tuple[str, str]:
-        time.sleep(0.005)
-        return data.texts[row], data.texts[row - 1]
-
-    def both(pair: tuple[str, str]) -> list[np.ndarray]:
-        time.sleep(0.002)  # the reference model's scores, from another service
-        return [data.tokenise(text) for text in pair]
-
-    steps = (Step("fetch", fetch), Step("both", both), _serial("pad", pad))
-    return Case("dpo", lambda: itertools.cycle(range(ROWS)), steps)
+def cleaned(row: dict[str, Any]) -> dict[str, Any]:
+    """Character by character: all of it with the interpreter's lock."""
+    return {
+        "text": "".join(c for c in row["text"] if c.isascii() and (c.isprintable() or c == "\n"))
+    }
 
 
-def _gil(data: Data) -> Case:
-    def clean(row: int) -> str:
-        return "".join(c for c in data.texts[row] if c.isalnum() or c == " ")
-
-    def digest(text: str) -> tuple[str, str]:
-        return text, hashlib.sha256(text.encode() * 400).hexdigest()
-
-    steps = (Step("clean", clean), Step("digest", digest), _serial("batch", batch))
-    return Case("gil", lambda: itertools.cycle(range(ROWS)), steps)
+def _chat(corpus: Corpus) -> Plan:
+    rows = Plan.from_jsonl(corpus.chats).chat_template(corpus.tokenizer).tokenize(corpus.tokenizer)
+    return _packed(rows.shuffle(seed=1))
 
 
-def _serial(name: str, work: Callable[..., Iterator[Any]], **options: Any) -> Step:
-    return Step(name, partial(work, **options), serial=True)
+def _parquet(corpus: Corpus) -> Plan:
+    rows = Plan.from_parquet(corpus.parquet).tokenize(corpus.tokenizer, max_length=LENGTH)
+    return rows.repeat().batch(8, pad=0)
 
 
-def pack(rows: Iterator[np.ndarray], length: int = 1024) -> Iterator[np.ndarray]:
-    """Next fit: enough to be a serial tail."""
-    held: list[np.ndarray] = []
-    size = 0
-    for row in rows:
-        row = row[:length]
-        if size + len(row) > length:
-            yield np.concatenate([*held, np.zeros(length - size, np.int32)])
-            held, size = [], 0
-        held.append(row)
-        size += len(row)
+def _remote(corpus: Corpus) -> Plan:
+    rows = Plan.from_parquet(corpus.parquet).map(fetched, name="fetched")
+    return _packed(rows.tokenize(corpus.tokenizer))
 
 
-def batch(rows: Iterator[Any], n: int = 8) -> Iterator[list[Any]]:
-    while held := list(itertools.islice(rows, n)):
-        yield held
+def _filter(corpus: Corpus) -> Plan:
+    rows = Plan.from_jsonl(corpus.chats).filter(compressible, name="compressible")
+    return _packed(rows.chat_template(corpus.tokenizer).tokenize(corpus.tokenizer))
 
 
-def pad(rows: Iterator[list[np.ndarray]], n: int = 4) -> Iterator[np.ndarray]:
-    for pairs in batch(rows, n):
-        flat = [ids for pair in pairs for ids in pair]
-        out = np.zeros((len(flat), max(map(len, flat))), np.int32)
-        for row, ids in zip(out, flat, strict=True):
-            row[: len(ids)] = ids
-        yield out
+def _pairs(corpus: Corpus) -> Plan:
+    rows = Plan.from_jsonl(corpus.pairs).map(scored, name="scored")
+    both = Both(str(corpus.tokenizer))
+    return rows.map(both, name="both").repeat().batch(8, pad=0)
+
+
+def _mix(corpus: Corpus) -> Plan:
+    remote = (
+        Plan.from_jsonl(corpus.chats)
+        .map(fetched, name="fetched")
+        .filter(compressible, name="compressible")
+        .map(spoken, name="spoken")
+        .tokenize(corpus.tokenizer, name="tokenize-remote")
+    )
+    local = Plan.from_parquet(corpus.parquet).map(cleaned, name="cleaned")
+    local = local.tokenize(corpus.tokenizer, name="tokenize-local")
+    parts = {remote.repeat(): 1.0, local.repeat(): 3.0}
+    return Plan.mix(parts, seed=2).pack(LENGTH, window=WINDOW).batch(4)
+
+
+def _packed(rows: Plan) -> Plan:
+    return rows.repeat().pack(LENGTH, window=WINDOW).batch(4)
+
+
+CASES = (
+    Case("chat", _chat),
+    Case("parquet", _parquet),
+    Case("remote", _remote),
+    Case("filter", _filter),
+    Case("pairs", _pairs),
+    Case("mix", _mix),
+)

@@ -1,163 +1,180 @@
-"""Planted bottlenecks: is the right operator named, also where a wall clock blames another?
+"""Planted bottlenecks in real plans: is the right operator named, also where a wall clock
+blames another? And what recording costs.
 
-Five operators; in turn each is made the dear one, by CPU time with the lock, CPU time without
-it (hashing), or waiting. And what recording costs, turn by turn in one run.
+A source, two operators on rows and one on batches; in turn each is made the dear one, by CPU
+time with the interpreter's lock, CPU time without it (hashing), or waiting.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from deltaserve.bench.pipeline_stages import SOURCE, Staged, Step
+from deltaserve.bench.pipeline_cases import CASES
+from deltaserve.bench.pipeline_text import write
 from deltaserve.bench.select_check import Report
-from deltaserve.pipeline.tracing import Recorder
-from deltaserve.pipeline.tuning.gil import calibrate
-from deltaserve.pipeline.tuning.rates import Lone, bottleneck, by_wall
+from deltaserve.pipeline.plan import Plan
+from deltaserve.pipeline.profiling import ROWS, Profiled
+from deltaserve.pipeline.tuning.plans import Workload, profile
+from deltaserve.pipeline.tuning.rates import by_wall
+from deltaserve.pipeline.tuning.recommend import advise
+from deltaserve.pipeline.tuning.settings import Settings
 from deltaserve.pipeline.tuning.tune import run_traced
 
 BLOCK = bytes(1_000_000)
-Cost = Callable[[], Any]
+BATCH = 4
+Row = dict[str, Any]
 
 
-def python_work(steps: int = 6000) -> None:
+def python_work(row: Row, steps: int = 6000) -> Row:
     """Holds the lock."""
     sum(i * i for i in range(steps))
+    return row
 
 
-def native_work(size: int = 800_000) -> None:
+def native_work(row: Row, size: int = 800_000) -> Row:
     """Does not hold it."""
     hashlib.sha256(memoryview(BLOCK)[:size]).digest()
+    return row
 
 
-def waiting(seconds: float = 0.004) -> None:
+def waiting(row: Row, seconds: float = 0.002) -> Row:
     time.sleep(seconds)
+    return row
 
 
-def small() -> None:
+def little(row: Row) -> Row:
     sum(range(400))
+    return row
 
 
-DEAR: dict[str, Cost] = {"python": python_work, "native": native_work, "waiting": waiting}
-PLACES = (SOURCE, "parse", "tokenise", "pack")
+def short_calls(row: Row, calls: int = 30) -> Row:
+    """Lets the lock go and wants it again, many times."""
+    for _ in range(calls):
+        hashlib.sha256(memoryview(BLOCK)[:3000]).digest()
+    return row
 
 
-def planted(place: str, cost: Cost, threads: int = 1) -> Staged:
-    """A source, two parallel steps and a serial tail; ``cost`` at ``place``."""
-    costs: dict[str, Cost] = dict.fromkeys(PLACES, small) | {place: cost}
-
-    def source() -> Iterator[int]:
-        for number in itertools.count():
-            costs[SOURCE]()
-            yield number
-
-    def work(name: str, element: int) -> int:
-        costs[name]()
-        return element
-
-    def pack(rows: Iterator[int]) -> Iterator[list[int]]:
-        while held := list(itertools.islice(rows, 4)):
-            for _ in held:
-                costs["pack"]()
-            yield held
-
-    steps = [
-        Step("parse", partial(work, "parse")),
-        Step("tokenise", partial(work, "tokenise")),
-        Step("pack", pack, serial=True),
-    ]
-    lanes = {"parse": threads, "tokenise": threads}
-    return Staged(source, steps, lanes, Recorder())
+DEAR: dict[str, Callable[[Row], Row]] = {
+    "python": python_work,
+    "native": native_work,
+    "waiting": waiting,
+}
+PLACES = ("parse", "tokenise", "collate")
 
 
-def lock_bound(python: int = 9000, natives: int = 30) -> tuple[Staged, dict[str, Lone]]:
-    """Pure Python in eight threads, beside one thread of short native calls: it lets the lock
-    go at every call and must wait for it again, so per thread its wall time is the longer one."""
-
-    def parse(number: int) -> int:
-        python_work(python)
-        return number
-
-    def tag(number: int) -> int:
-        for _ in range(natives):
-            native_work(3000)
-        return number
-
-    steps = [Step("parse", parse), Step("tag", tag)]
-    lone = {step.name: calibrate(step.work, [0]) for step in steps}
-    return Staged(itertools.count, steps, {"parse": 8}, Recorder()), lone
+def planted(lines: Path, place: str, dear: Callable[[Row], Row]) -> Plan:
+    """collate works on batches, for as long as the others would on all their rows."""
+    work = dict.fromkeys(PLACES, little) | {place: dear}
+    rows = Plan.from_jsonl(lines).map(work["parse"], name="parse")
+    rows = rows.map(work["tokenise"], name="tokenise").repeat().batch(BATCH)
+    return rows.map(partial(_times, work["collate"]), name="collate")
 
 
-LONE = {"python": Lone(1.0), "native": Lone(0.0), "waiting": Lone(1.0)}
+def _times(work: Callable[[Row], Row], batch: Row) -> Row:
+    for _ in range(BATCH):
+        batch = work(batch)
+    return batch
 
 
-def naming(report: Report, seed: int) -> None:
-    named = []
-    for place, (kind, cost) in itertools.product(PLACES, DEAR.items()):
-        trace = run_traced(planted(place, cost), seconds=0.6)
-        found = bottleneck(trace, lone={place: LONE[kind]})
-        named.append(found == place)
-        report.fact("names", f"{kind} planted at {place}: named", found)
-    pipeline, lone = lock_bound()
-    trace = run_traced(pipeline, seconds=1.5)
-    found, blamed = bottleneck(trace, lone=lone), by_wall(trace)[0]
-    report.fact("names", "lock-bound parse in 8 threads: named", found)
-    report.fact("names", "lock-bound parse in 8 threads: by wall time", blamed)
-    named.append(found == "parse")
-    halved = {
-        name: statistics.median(run_traced(lock_bound(*sizes)[0], seconds=1.0).rate for _ in "123")
-        for name, sizes in {"": (9000, 30), "parse": (4500, 30), "tag": (9000, 15)}.items()
-    }
-    for name in ("parse", "tag"):
-        label = f"lock-bound: rate with half the work in {name}, times"
-        report.fact("names", label, halved[name] / halved[""])
+def lock_bound(lines: Path, steps: int = 9000, calls: int = 30) -> Plan:
+    """Pure Python, beside short native calls: in eight threads these wait for the lock at every
+    call, so their wall time is the longer one."""
+    rows = Plan.from_jsonl(lines).map(partial(python_work, steps=steps), name="parse").repeat()
+    # A flat_map is not fused with a map.
+    return rows.flat_map(partial(_tagged, calls), name="tag").batch(BATCH)
+
+
+def _tagged(calls: int, row: Row) -> list[Row]:
+    return [short_calls(row, calls)]
+
+
+def write_lines(path: Path, rows: int, unused: int = 0) -> Path:
+    """unused: numbers of a field that nobody reads, but the parser has to."""
+    field = {"unused": list(range(unused))} if unused else {}
+    path.write_text("".join(json.dumps({"n": n} | field) + "\n" for n in range(rows)))
+    return path
+
+
+def naming(report: Report, seed: int, seconds: float = 1.0) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        lines = write_lines(Path(folder) / "rows.jsonl", 2000)
+        fat = write_lines(Path(folder) / "fat.jsonl", 200, unused=20_000)
+        named = [_named(report, "source", "python", planted(fat, "parse", little), seconds)]
+        for place, kind in itertools.product(PLACES, DEAR):
+            plan = planted(lines, place, DEAR[kind])
+            named.append(_named(report, place, kind, plan, seconds))
+        named.append(_lock_bound(report, lines, 2 * seconds))
     report.at_least("names", "share of planted bottlenecks named", statistics.mean(named), 1.0)
 
 
-def overhead(report: Report, seed: int, seconds: float = 6.0) -> None:
-    """CPU time of the thread per element, with and without a recorder, in turns of 20 elements.
-
-    All in the calling thread: what is compared is work, not how threads were scheduled.
-    """
-    report.at_most("cost", "recording, share of CPU time", measure_overhead(seconds), 0.03)
+def _named(report: Report, place: str, kind: str, plan: Plan, seconds: float) -> bool:
+    _, advice = profile(Workload(plan), Settings({ROWS: 2}), seconds)
+    report.fact("names", f"{kind} planted at {place}: named", advice.slowest)
+    return advice.slowest == ("jsonl" if place == "source" else place)
 
 
-def measure_overhead(seconds: float) -> float:
-    streams: Mapping[bool, Iterator[Any]] = {
-        recorded: _serial_stream(Recorder() if recorded else None) for recorded in (False, True)
+def _lock_bound(report: Report, lines: Path, seconds: float) -> bool:
+    eight = Settings({ROWS: 8})
+    work = Workload(lock_bound(lines))
+    trace = run_traced(work.open(eight), seconds=seconds)
+    found = advise(trace, **work.knowledge()).slowest
+    report.fact("names", "lock-bound parse in 8 threads: named", found)
+    report.fact("names", "lock-bound parse in 8 threads: by wall time", by_wall(trace)[0])
+    halves = {"": {}, "parse": {"steps": 4500}, "tag": {"calls": 15}}
+    rates = {
+        name: statistics.median(
+            run_traced(Workload(lock_bound(lines, **less)).open(eight), seconds=seconds).rate
+            for _ in range(3)
+        )
+        for name, less in halves.items()
     }
-    spent: dict[bool, list[int]] = {False: [], True: []}
-    end = time.perf_counter() + seconds
-    for turn in itertools.count():
-        recorded = bool(turn % 2)
-        start = time.thread_time_ns()
-        for _ in range(20):
-            next(streams[recorded])
-        spent[recorded].append(time.thread_time_ns() - start)
-        if time.perf_counter() > end and recorded:
-            break
-    pairs = zip(spent[True], spent[False], strict=True)
-    return statistics.median(with_it / without for with_it, without in pairs) - 1
+    for name in ("parse", "tag"):
+        label = f"lock-bound: rate with half the work in {name}, times"
+        report.fact("names", label, rates[name] / rates[""])
+    return found == "parse"
 
 
-def _serial_stream(recorder: Recorder | None) -> Iterator[Any]:
-    """Four operators of 50 to 200 us in one thread, as a text pipeline has them."""
+def overhead(report: Report, seed: int, seconds: float = 30.0) -> None:
+    """CPU time per element of the chat case, with and without a recorder, in turns; rows are
+    computed as they are asked for, so that what is compared is work, not how threads were
+    scheduled."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan = CASES[0].make(write(Path(folder), 1000, seed))
+        share, spread = measure_overhead(plan, seconds)
+    report.fact("cost", "recording: half the turns lie within (+-)", spread)
+    report.at_most("cost", "recording, share of CPU time", share, 0.03)
 
-    def source() -> Iterator[int]:
-        for number in itertools.count():
-            sum(range(2500))
-            yield number
 
-    def work(size: int, rows: Iterator[int]) -> Iterator[int]:
-        for row in rows:
-            sum(range(size))
-            yield row
-
-    sizes = {"parse": 5000, "tokenise": 10_000, "pack": 2500}
-    steps = [Step(name, partial(work, size), serial=True) for name, size in sizes.items()]
-    return Staged(source, steps, {}, recorder)
+def measure_overhead(plan: Plan, seconds: float) -> tuple[float, float]:
+    """Median over turns of 8 elements, of both at the same place in the stream; and how far
+    from it half the turns lie."""
+    running = [Profiled(plan, Settings({ROWS: 0}, prefetch=0), record=r) for r in (False, True)]
+    ratios: list[float] = []
+    try:
+        for each in running:
+            next(each)
+        end = time.perf_counter() + seconds
+        for turn in itertools.count():
+            spent = [0, 0]
+            for which in ((0, 1), (1, 0))[turn % 2]:
+                start = time.process_time_ns()
+                for _ in range(8):
+                    next(running[which])
+                spent[which] = time.process_time_ns() - start
+            ratios.append(spent[1] / spent[0] - 1)
+            if time.perf_counter() > end:
+                break
+    finally:
+        for each in running:
+            each.close()
+    middle = statistics.median(ratios)
+    return middle, statistics.median(abs(each - middle) for each in ratios)

@@ -48,6 +48,13 @@ def functions() -> Iterator[tuple[str, str]]:
                 yield f"Write {node.name} of the module {file.stem}. {wanted}", source
 
 
+def existing(folder: Path, rows: int = 4000) -> Corpus:
+    """What ``write`` left in a folder."""
+    names = ("chats.jsonl", "pairs.jsonl", "texts.parquet", "tokenizer")
+    chats, pairs, parquet, tokenizer = (folder / name for name in names)
+    return Corpus(chats, pairs, parquet, tokenizer, rows)
+
+
 def write(folder: Path, rows: int = 4000, seed: int = 0) -> Corpus:
     """``rows`` conversations in a seeded order (again from the start when there are fewer)."""
     import pyarrow as pa
@@ -56,9 +63,7 @@ def write(folder: Path, rows: int = 4000, seed: int = 0) -> Corpus:
     found = list(functions())
     random.Random(seed).shuffle(found)
     chosen = [found[at % len(found)] for at in range(rows)]
-    names = ("chats.jsonl", "pairs.jsonl", "texts.parquet", "tokenizer")
-    chats_file, pairs_file, parquet, tokenizer = (folder / name for name in names)
-    corpus = Corpus(chats_file, pairs_file, parquet, tokenizer, rows)
+    corpus = existing(folder, rows)
     with open(corpus.chats, "w") as chats, open(corpus.pairs, "w") as pairs:
         for at, (asked, source) in enumerate(chosen):
             messages = [

@@ -12,101 +12,100 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from deltaserve.bench.pipeline_cases import Case, Data, cases
-from deltaserve.bench.pipeline_stages import Staged
+from deltaserve.bench.pipeline_cases import CASES, Case
+from deltaserve.bench.pipeline_text import Corpus, write
 from deltaserve.bench.select_check import Report
 from deltaserve.pipeline.consumption import usable_cores
-from deltaserve.pipeline.tracing import Recorder
-from deltaserve.pipeline.tuning.program import Resources
+from deltaserve.pipeline.iterator import prepare
+from deltaserve.pipeline.plan import Plan
+from deltaserve.pipeline.profiling import Profiled, segment_names
+from deltaserve.pipeline.tuning.plans import Workload
+from deltaserve.pipeline.tuning.settings import Settings
 from deltaserve.pipeline.tuning.tune import tune
 
 GRID = (1, 2, 4, 8, 16)
 MOST = 16
 LEAST_SHARE = 0.95
+ROUNDS = 5
 
 
-def rate(case: Case, threads: Mapping[str, int], seconds: float) -> float:
-    """Elements a second after a quarter of the time, not recorded."""
-    pipeline = Staged(case.source, case.steps, threads)
+def rate(plan: Plan, settings: Settings, seconds: float) -> float:
+    """Elements a second after the first eight, not recorded."""
+    running = Profiled(plan, settings, record=False)
     try:
-        warm = time.perf_counter() + seconds / 4
-        while time.perf_counter() < warm:
-            next(pipeline)
+        for _ in range(8):
+            next(running)
         start, taken = time.perf_counter(), 0
         while time.perf_counter() < start + seconds:
-            next(pipeline)
+            next(running)
             taken += 1
         return taken / (time.perf_counter() - start)
     finally:
-        pipeline.close()
+        running.close()
 
 
 def side_by_side(
-    case: Case, settings: Sequence[Mapping[str, int]], seconds: float, rounds: int
+    plan: Plan, settings: Sequence[Settings], seconds: float, rounds: int = ROUNDS
 ) -> list[float]:
-    """Median rate of each setting, measured in turns."""
-    found: list[list[float]] = [[] for _ in settings]
+    """Median rate of each setting, measured in turns; the same setting is measured once."""
+    found: dict[str, list[float]] = {str(each): [] for each in settings}
     for _ in range(rounds):
-        for rates, threads in zip(found, settings, strict=True):
-            rates.append(rate(case, threads, seconds))
-    return [statistics.median(rates) for rates in found]
+        for each in {str(each): each for each in settings}.values():
+            found[str(each)].append(rate(plan, each, seconds))
+    return [statistics.median(found[str(each)]) for each in settings]
 
 
-def starts(names: Sequence[str], good: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """All 1, all at most, and the good settings turned around: most where least is needed."""
-    ranked = sorted(good.values())
-    turned = dict(zip(sorted(names, key=lambda n: -good[n]), ranked, strict=True))
-    return {"all 1": dict.fromkeys(names, 1), "all 16": dict.fromkeys(names, MOST)} | {
-        "inverted": turned
+def starts(stages: Sequence[str], best: Settings) -> dict[str, Settings]:
+    """All 1, all at most, and the best turned around: most threads where fewest are needed, and
+    one process where threads are best."""
+    ranked = sorted(stages, key=lambda stage: best.workers(stage))
+    turned = dict(zip(ranked, sorted(map(best.workers, stages), reverse=True), strict=True))
+    alone = Settings(processes=1) if len(stages) == 1 and not best.processes else None
+    return {
+        "all 1": Settings(dict.fromkeys(stages, 1)),
+        f"all {MOST}": Settings(dict.fromkeys(stages, MOST)),
+        "inverted": alone or Settings(turned),
     }
 
 
-def best_of_grid(case: Case, seconds: float, grid: Sequence[int] = GRID) -> dict[str, int]:
-    names = case.parallel()
-    every = [
-        dict(zip(names, values, strict=True))
-        for values in itertools.product(grid, repeat=len(names))
-    ]
-    return max(every, key=lambda threads: rate(case, threads, seconds))
+def grid(stages: Sequence[str]) -> list[Settings]:
+    threads = itertools.product(GRID, repeat=len(stages))
+    found = [Settings(dict(zip(stages, each, strict=True))) for each in threads]
+    return found + [Settings(processes=count) for count in range(1, usable_cores() + 1)]
 
 
-def tuned(case: Case, start: Mapping[str, int], seconds: float) -> dict[str, int]:
-    found = tune(
-        lambda threads: Staged(case.source, case.steps, threads, Recorder()),
-        start,
-        Resources(cores=usable_cores(), max_threads=MOST),
-        seconds=seconds,
-    )
-    return dict(found.threads)
+def tuned(work: Workload, start: Settings, known: Mapping[str, Any], seconds: float) -> Settings:
+    stages = segment_names(prepare(work.plan))
+    found = tune(work.open, start, stages, seconds=seconds, **known)
+    # Caches are not part of the grid: they pay from the second epoch on.
+    return Settings(found.settings.threads, found.settings.processes, found.settings.prefetch)
 
 
-def tuning(report: Report, seed: int, seconds: float = 0.5) -> None:
+def tuning(report: Report, seed: int, seconds: float = 1.0) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        data = Data(Path(folder), seed)
-        shares = []
-        for case in cases(data):
-            shares += _compare(report, case, seconds)
+        corpus = write(Path(folder), seed=seed)
+        shares = [share for case in CASES for share in compare(report, case, corpus, seconds)]
     report.at_least("tuning", "median share of the grid's best", statistics.median(shares), 0.97)
 
 
-def _compare(report: Report, case: Case, seconds: float) -> list[float]:
-    best = best_of_grid(case, seconds / 2)
+def compare(report: Report, case: Case, corpus: Corpus, seconds: float) -> list[float]:
+    plan = case.make(corpus)
+    work = Workload(plan, max_threads=MOST)
+    stages = segment_names(prepare(plan))
+    best = max(grid(stages), key=lambda each: rate(plan, each, seconds))
+    known = work.knowledge() | {"natures": {}}
     found = {
-        name: tuned(case, start, 2 * seconds)
-        for name, start in starts(case.parallel(), best).items()
+        name: tuned(work, start, known, 2 * seconds) for name, start in starts(stages, best).items()
     }
-    rule = dict.fromkeys(case.parallel(), usable_cores())
+    rule = Settings(dict.fromkeys(stages, usable_cores()))
     settings = [best, rule, *found.values()]
-    rates = side_by_side(case, settings, seconds, 5)
-    report.fact("tuning", f"{case.name}: grid's best {_shown(best)}, elements/s", rates[0])
+    rates = side_by_side(plan, settings, seconds)
+    report.fact("tuning", f"{case.name}: grid's best, {best}: elements/s", rates[0])
     report.fact("tuning", f"{case.name}: threads = cores, share of the best", rates[1] / rates[0])
     shares = [each / rates[0] for each in rates[2:]]
-    for (name, threads), share in zip(found.items(), shares, strict=True):
-        label = f"{case.name}: from {name}, {_shown(threads)}, share of the best"
+    for (name, chosen), share in zip(found.items(), shares, strict=True):
+        label = f"{case.name}: from {name}, {chosen}: share of the best"
         report.at_least("tuning", label, share, LEAST_SHARE)
     return shares
-
-
-def _shown(threads: Mapping[str, int]) -> str:
-    return " ".join(f"{name}={n}" for name, n in threads.items())

@@ -36,11 +36,16 @@ def environment() -> dict[str, Any]:
 
 def record(path: Path, command: str, results: Any) -> None:
     """Write one JSON file: the command, the environment, the results."""
+    save(path, command, results)
+    print(f"written to {path}", file=sys.stderr)
+
+
+def save(path: Path, command: str, results: Any) -> None:
+    """``record`` without a word: for results that grow."""
     content = {"command": command, "environment": environment(), "results": results}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
-    print(f"written to {path}", file=sys.stderr)
 
 
 def _cpu_name() -> str:

@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import contextlib
 import os
 
 # Before torch is imported: its threads spin while they wait for each other, which makes the
@@ -8,11 +9,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from hypothesis import settings
 
-# How long an example takes says more about the machine than about the code.
-settings.register_profile("deltaserve", deadline=None)
-settings.load_profile("deltaserve")
+with contextlib.suppress(ModuleNotFoundError):  # on a machine that only runs tests/gpu
+    from hypothesis import settings
+
+    # How long an example takes says more about the machine than about the code.
+    settings.register_profile("deltaserve", deadline=None)
+    settings.load_profile("deltaserve")
 
 # Before Triton is imported, which some libraries do: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():

@@ -4,22 +4,20 @@ For the projection shapes of Llama 3.1 8B, each format, rows per tenant and numb
 the time of one launch sequence, the bytes that it must move, and the share that this is of the
 bandwidth of a plain copy measured in the same run. Beside it a dense bfloat16 matmul per tenant
 (a full fine-tune in memory) and dequantise-then-matmul per tenant. Times are medians of replayed
-CUDA graphs, so that no launch cost counts, with the cache flushed before each.
+CUDA graphs, so that no launch cost counts, with the cache flushed before each. Then, by rows of one
+tenant, from where on dequantise-then-matmul is the faster.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from deltaserve.bench.record import record
-from deltaserve.kernels.delta_matmul import GroupedDeltas, Segment, cut
+from deltaserve.bench.gpu.part import DEVICE, Clock, Part, copy_bandwidth, device_name
+from deltaserve.kernels.delta_matmul import GroupedDeltas, Segment, crossover, cut
 from deltaserve.kernels.delta_matmul.dense import apply_dense
 from deltaserve.kernels.delta_matmul.synthetic import random_operand
 
@@ -30,6 +28,7 @@ SHAPES = {
     "gate_up": (28672, 4096),
     "down": (4096, 14336),
 }
+SMOKE_SHAPES = {"qkv": (70, 130)}
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "int 1 bit, row": ("int", {"bits": 1, "scale_axis": "row"}),
     "int 2 bit, group 128": ("int", {"bits": 2, "group_size": 128}),
@@ -39,71 +38,49 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ROWS = (1, 4, 16)
 TENANTS = (1, 8, 32)
-DTYPE = torch.bfloat16
-REPEATS = 15
-# Several times the cache of an H200.
-FLUSH_BYTES = 256 << 20
-COPY_BYTES = 1 << 30
+# Left out first when time is short.
+LEAST = ("down", "qkv")
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
-class Clock:
-    """Times work on the device, in microseconds."""
-
-    def __init__(self) -> None:
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-
-    def microseconds(self, work: Callable[[], object]) -> float:
-        """Median over replays of the work as a graph, each after a flush of the cache."""
-        work()  # compiles
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        times = []
-        for _ in range(REPEATS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # It also keeps the device busy until the graph has been handed over.
-            self.flush.zero_()
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3)
-        return statistics.median(times)
-
-
-def copy_bandwidth(clock: Clock) -> float:
-    """Bytes per second, read and written, of the largest plain copy."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / clock.microseconds(lambda: target.copy_(source)) * 1e6
-
-
-def measure(clock: Clock, bandwidth: float) -> list[dict[str, Any]]:
-    found = []
-    for shape, (outputs, inputs) in SHAPES.items():
-        dense = torch.randn(max(TENANTS), outputs, inputs, dtype=DTYPE, device="cuda")
+def measure(part: Part, clock: Clock, bandwidth: float) -> None:
+    shapes = SMOKE_SHAPES if part.smoke else SHAPES
+    tenants = (1, 2) if part.smoke else TENANTS
+    for shape in sorted(shapes, key=LEAST.__contains__):
+        outputs, inputs = shapes[shape]
+        dense = torch.randn(max(tenants), outputs, inputs, dtype=DTYPE, device=DEVICE)
         for label, (codec, params) in FORMATS.items():
-            grouped = GroupedDeltas(shape, dense[0], False)
-            for slot in range(1, max(TENANTS) + 1):
-                enc = random_operand(codec, params, outputs, inputs, DTYPE, "cuda")
-                assert grouped.attach(slot, enc)
-            for tenants in TENANTS:
-                for rows in ROWS:
-                    result = measure_one(clock, grouped, dense, tenants, rows)
+            if not part.has_time(f"{shape}, {label}", 3):
+                continue
+            grouped = filled(shape, dense[0], codec, params, max(tenants))
+            for count in tenants:
+                for rows in ROWS[:2] if part.smoke else ROWS:
+                    result = measure_one(clock, grouped, dense, count, rows)
                     share = result["bytes"] / (result["grouped_us"] * 1e-6) / bandwidth
-                    found.append({"shape": shape, "format": label} | result | {"of_copy": share})
-                    print(line(found[-1]), flush=True)
-    return found
+                    row = {"shape": shape, "format": label} | result | {"of_copy": share}
+                    part.add("rows", row)
+                    print(line(row), flush=True)
+
+
+def filled(
+    name: str, base_NK: torch.Tensor, codec: str, params: dict[str, Any], slots: int
+) -> GroupedDeltas:
+    """Random operands of one format in the first slots."""
+    grouped, (outputs, inputs) = GroupedDeltas(name, base_NK, False), base_NK.shape
+    for slot in range(1, slots + 1):
+        operand = random_operand(codec, params, outputs, inputs, base_NK.dtype, DEVICE)
+        assert grouped.attach(slot, operand)
+    return grouped
 
 
 def measure_one(
     clock: Clock, grouped: GroupedDeltas, dense_SNK: torch.Tensor, tenants: int, rows: int
 ) -> dict[str, Any]:
     _, outputs, inputs = dense_SNK.shape
-    x = torch.randn(tenants * rows, inputs, dtype=DTYPE, device="cuda")
-    y = torch.randn(tenants * rows, outputs, dtype=DTYPE, device="cuda")
+    x = torch.randn(tenants * rows, inputs, dtype=DTYPE, device=DEVICE)
+    y = torch.randn(tenants * rows, outputs, dtype=DTYPE, device=DEVICE)
     segments = [Segment(i + 1, i * rows, (i + 1) * rows) for i in range(tenants)]
-    chunks = cut(segments, "cuda")
+    chunks = cut(segments, DEVICE)
     (table,) = grouped.tables.values()
     operands = [table.operands[segment.slot] for segment in segments]
     stored = sum(part.nbytes for operand in operands for part in operand.parts)
@@ -125,6 +102,25 @@ def measure_one(
     }
 
 
+def crossovers(part: Part, clock: Clock) -> Iterator[dict[str, Any]]:
+    """By format and shape: rows of one tenant -> (packed, dequantised) microseconds."""
+    shapes = SMOKE_SHAPES if part.smoke else {name: SHAPES[name] for name in ("qkv", "gate_up")}
+    candidates = (8, 16) if part.smoke else crossover.CANDIDATES
+    for label, (codec, params) in FORMATS.items():
+        for shape, (outputs, inputs) in shapes.items():
+            if not part.has_time(f"crossover of {label}, {shape}", 2):
+                continue
+            base = torch.empty(outputs, inputs, dtype=DTYPE, device=DEVICE)
+            grouped = filled(shape, base, codec, params, 1)
+            found = crossover.measure(grouped, clock.microseconds, candidates)
+            yield {
+                "format": label,
+                "shape": shape,
+                "microseconds": found,
+                "dense_from": crossover.first_win(found),
+            }
+
+
 def line(result: dict[str, Any]) -> str:
     return (
         f"{result['shape']:<9}{result['format']:<22}{result['tenants']:>8}{result['rows']:>6}"
@@ -135,19 +131,20 @@ def line(result: dict[str, Any]) -> str:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="write a JSON file as well")
-    args = parser.parse_args()
+    part = Part.of_arguments("kernels", __doc__)
     clock = Clock()
     bandwidth = copy_bandwidth(clock)
-    print(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e9:.0f} GB/s")
+    part.note("copy_bytes_per_second", bandwidth)
+    print(f"{device_name()}: a copy moves {bandwidth / 1e9:.0f} GB/s")
+    # First, as it is short.
+    for found in crossovers(part, clock):
+        part.add("crossover", found)
+        print(f"{found['shape']:<9}{found['format']:<22} dense from {found['dense_from']} rows")
     print(
         f"{'shape':<9}{'format':<22}{'tenants':>8}{'rows':>6}{'MB':>10}{'grouped':>10}"
         f"{'of copy':>9}{'dense':>10}{'dequantise':>12}   (microseconds)"
     )
-    results = {"copy_bytes_per_second": bandwidth, "rows": measure(clock, bandwidth)}
-    if args.out:
-        record(args.out, "python -m deltaserve.bench.gpu.kernels", results)
+    measure(part, clock, bandwidth)
 
 
 if __name__ == "__main__":

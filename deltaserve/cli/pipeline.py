@@ -51,6 +51,10 @@ def run(
         typer.Option(help="Go on from this file if it exists; save where it stopped to it."),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of the plan's caches.")] = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Find threads, processes, caches first; then follow."),
+    ] = False,
     allow_functions: Functions = False,
     rewrites: Rewrites = True,
 ) -> None:
@@ -63,9 +67,19 @@ def run(
     from deltaserve.pipeline.plan import Plan
     from deltaserve.pipeline.saving import load_state, save_state
 
+    if tune and (threads or processes or not rewrites):
+        raise typer.BadParameter("--tune finds threads and processes itself, of a rewritten plan")
     read = Plan.from_yaml(plan, allow_functions=allow_functions)
     options: dict[str, Any] = {"threads": threads, "processes": processes, "cache": cache}
-    with stop_on_sigterm(), open_pipeline(read, rewrites=rewrites, **options) as elements:
+
+    def opened() -> Any:
+        if not tune:
+            return open_pipeline(read, rewrites=rewrites, **options)
+        from deltaserve.cli.profile import open_tuned
+
+        return open_tuned(read, cache)
+
+    with stop_on_sigterm(), opened() as elements:
         if state is not None and state.exists():
             elements.set_state(load_state(state))
         counts = _Counts()
@@ -96,8 +110,11 @@ def profile(
         float, typer.Option(min=0, help="What the trainer takes for an element, imitated.")
     ] = 0.0,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Find the number of threads, and measure it.")
+        bool, typer.Option("--tune", help="Try what is advised, and measure it.")
     ] = False,
+    by: Annotated[
+        str, typer.Option(help="Advice by: program (linear), or tfdata (its analytic model).")
+    ] = "program",
     picture: Annotated[Path | None, typer.Option(help="Write a picture here (SVG).")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the trace here (JSON).")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of the plan's caches.")] = None,
@@ -109,11 +126,17 @@ def profile(
     """
     from deltaserve.cli.profile import profile_plan
     from deltaserve.pipeline.plan import Plan
+    from deltaserve.pipeline.tuning.plans import Workload
 
+    if by not in ("program", "tfdata"):
+        raise typer.BadParameter(f"--by {by}: choose program or tfdata")
+    if threads < 1 or processes < 0:
+        raise typer.BadParameter("a profile needs --threads of 1 or more, or --processes")
     read = Plan.from_yaml(plan, allow_functions=allow_functions)
     profile_plan(
-        read, seconds=seconds, threads=threads, processes=processes, trainer_s=trainer_ms / 1e3,
-        tuned=tune, picture=picture, trace_file=trace, cache=cache,
+        Workload(read, trainer_ms / 1e3, cache, by),  # type: ignore[arg-type]
+        seconds=seconds, threads=threads, processes=processes, tuned=tune, picture=picture,
+        trace_file=trace,
     )  # fmt: skip
 
 

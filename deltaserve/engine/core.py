@@ -26,7 +26,12 @@ from deltaserve.engine.info import base_version, model_infos, residency_stats
 from deltaserve.engine.kv import BlockPool, Key, root_key
 from deltaserve.engine.loader import Loader, Reader, delta_sizes
 from deltaserve.engine.memory import out_of_memory, plan_memory, relieve
-from deltaserve.engine.model import KVCache, load_base, make_delta_aware
+from deltaserve.engine.model import (
+    KVCache,
+    load_base,
+    make_delta_aware,
+    widest_projection,
+)
 from deltaserve.engine.observe import StepCounters, copy_table
 from deltaserve.engine.operands import OperandMaker
 from deltaserve.engine.parts import Parts
@@ -46,6 +51,7 @@ from deltaserve.errors import (
     RequestError,
 )
 from deltaserve.kernels.attention.batch import span_of
+from deltaserve.kernels.delta_matmul.crossover import dense_rows
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +113,10 @@ class Engine:
         self.counters = StepCounters()
         self._refused: list[TokenEvent] = []
         self._load_deltas()
-        if device == "cuda" and not (config.enforce_eager or config.deterministic):
-            capture_decoding(self.runner, model_config, config.max_num_seqs, self.max_model_len)
+        if device == "cuda":
+            step.dense_rows = dense_rows(widest_projection(modules))
+            if not (config.enforce_eager or config.deterministic):
+                capture_decoding(self.runner, model_config, config.max_num_seqs, self.max_model_len)
 
     def models(self) -> list[ModelInfo]:
         """The base first, then its deltas."""

@@ -17,7 +17,7 @@ from deltaserve.engine.layers import (
     DeltaLinear,
     DeltaNorm,
 )
-from deltaserve.engine.projections import DeltaModule, ProjectionPart, Wrapper, share
+from deltaserve.engine.projections import DeltaModule, ProjectionPart, Wrapper, part_of, share
 from deltaserve.engine.routing import StepContext
 from deltaserve.errors import CheckpointError
 from deltaserve.kernels.attention import PagedBatch, paged_attention, write_kv
@@ -57,15 +57,20 @@ def load_base(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> nn.Mod
     Raises UnsupportedModelError for other architectures, CheckpointError if it cannot load.
     """
     family_of(checkpoint.architecture)
-    AttentionInterface.register(ATTENTION, _attention)
     logging.disable_progress_bar()  # a bar on stderr would stand before an error's one line
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path} cannot be loaded: {error}") from error
+    return plug_in(model, device)
+
+
+def plug_in(model: Any, device: str) -> nn.Module:
+    """The model on the device in eval mode, with attention over our cache."""
+    AttentionInterface.register(ATTENTION, _attention)
     model.set_attn_implementation(ATTENTION)
-    loaded: nn.Module = model.to(device).eval()
-    return loaded
+    ready: nn.Module = model.to(device).eval()
+    return ready
 
 
 def _attention(
@@ -116,6 +121,13 @@ def make_delta_aware(model: nn.Module, architecture: str, step: StepContext) -> 
     for path, stand_in in wrapped.items():
         model.set_submodule(path, stand_in)
     return wrapped
+
+
+def widest_projection(modules: dict[str, Wrapper]) -> torch.Tensor:
+    """[N, K] of the layer with most weights, the head apart."""
+    layers = {part_of(module)[0] for module in modules.values()}
+    weights = [x.grouped.base_NK for x in layers if type(x) is DeltaLinear]
+    return max(weights, key=torch.Tensor.numel)
 
 
 def _wrap(

@@ -77,8 +77,8 @@ class ProcessClient(Frontend):
         self._started: Future[None] = Future()
         # Not the caller's thread: a process is killed when the *thread* that started it ends.
         self._thread = threading.Thread(target=self._run, name="deltaserve-engine", daemon=True)
-        self._thread.start()
         try:
+            self._thread.start()
             self._started.result()
         except BaseException:  # Ctrl-C too
             self.close()
@@ -95,7 +95,8 @@ class ProcessClient(Frontend):
     def close(self, reason: str = CLOSED) -> None:
         self._close_reason = reason
         self._closing.set()
-        self._thread.join()
+        if self._thread.is_alive():  # unless its very start was interrupted
+            self._thread.join()
 
     def _send(self, command: Command) -> None:
         assert self._process is not None, "only an engine that is up is sent to"

@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 
 from deltaserve.engine.transfer import Arrival
-from deltaserve.kernels.delta_matmul import BASE_SLOT, RowChunks, Segment, cut
+from deltaserve.kernels.delta_matmul import BASE_SLOT, DENSE_ROWS, RowChunks, Segment, cut
 
 __all__ = ["BASE_SLOT", "Routing", "Segment", "StepContext", "segments"]
 
@@ -25,7 +25,7 @@ class Routing:
 
     slot_T: the slot of each packed token, on the device. static: the chunks of a captured step,
     whose tensors are written anew before each replay; then the segments are not known here.
-    captured: of a captured step, with deltas (``static``) or without.
+    captured: of a captured step, with deltas (``static``) or without. dense_rows: see ``cut``.
     """
 
     tokens: tuple[Segment, ...]
@@ -33,6 +33,7 @@ class Routing:
     slot_T: torch.Tensor
     static: RowChunks | None = None
     captured: bool = False
+    dense_rows: int = DENSE_ROWS
 
     def has_any(self, slots: Collection[int]) -> bool:
         """Whether a packed token may have one of these slots."""
@@ -43,11 +44,11 @@ class Routing:
     @cached_property
     def token_chunks(self) -> RowChunks:
         """``tokens`` for the kernels: made when the first layer asks, shared by the others."""
-        return self.static or cut(self.tokens, self.slot_T.device)
+        return self.static or cut(self.tokens, self.slot_T.device, dense_rows=self.dense_rows)
 
     @cached_property
     def logit_chunks(self) -> RowChunks:
-        return cut(self.logits, self.slot_T.device)
+        return cut(self.logits, self.slot_T.device, dense_rows=self.dense_rows)
 
 
 class StepContext:
@@ -55,13 +56,14 @@ class StepContext:
 
     eager: slots with operands that no captured step can apply. changes: grows whenever captured
     steps have become wrong, because a table moved or another launch is needed. arriving: slots
-    whose operands are not all on the device, and when the last will be.
+    whose operands are not all on the device, and when the last will be. dense_rows: see ``cut``.
     """
 
     def __init__(self) -> None:
         self.routing: Routing = Routing((), (), torch.empty(0, dtype=torch.long))
         self.eager: set[int] = set()
         self.changes = 0
+        self.dense_rows = DENSE_ROWS
         self.arriving: dict[int, Arrival] = {}
 
     def uncapturable(self, slots: Collection[int]) -> bool:

@@ -148,6 +148,7 @@ class Runner:
                 tokens=host.segments,
                 logits=segments([row.seq.slot for row in plan.rows if row.samples]),
                 slot_T=self._tensor(host.slot_T),
+                dense_rows=self.step.dense_rows,
             ),
             shape=shape,
         )

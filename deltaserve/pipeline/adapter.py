@@ -122,6 +122,11 @@ class LocalExecutor:
                 iterator._set_num_threads(threads)
                 iterator._set_prefetch_buffer_size(threads * self.buffer)
 
+    def ready(self) -> int:
+        """Lists that threads have finished and nobody has taken; of processes it is not known."""
+        pools = [each for each in self._open if hasattr(each, "_set_num_threads")]
+        return sum(future.done() for pool in pools for future in list(pool._buffer))
+
     def _iterate(self, segment: Segment, first: int) -> Any:
         threads = 0 if self.processes else self.threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * self.buffer)

@@ -22,9 +22,11 @@ class OperatorFigures:
     """One operator. cpu_ns, wall_ns: own time, the clocks stopped while an input is called.
 
     queued_ns: of wall_ns, ready to run while other threads had the cores (Linux; else 0).
-    made, taken: elements. bytes: of all elements made, from a sample. read_bytes: from files.
+    made, taken: elements. handed: of made, what the next stage has got (None: all). bytes: of
+    all elements made, from a sample. read_bytes: from files.
     stage: operators of one stage are run by the same threads. parallelism: of its stage.
-    buffer, buffered: places and mean elements of the queue behind it (0: none).
+    buffer, buffered: places and mean of what is ready in the queue behind it (0: none), in lots.
+    lot: elements that a thread makes at a time.
     """
 
     name: str
@@ -37,12 +39,14 @@ class OperatorFigures:
     buffered: float = 0.0
     made: int = 0
     taken: int = 0
+    handed: int | None = None
     timed: int = 0
     cpu_ns: float = 0.0
     wall_ns: float = 0.0
     queued_ns: float = 0.0
     bytes: float = 0.0
     read_bytes: float = 0.0
+    lot: int = 1
 
     @property
     def waited_ns(self) -> float:

@@ -74,7 +74,7 @@ def create_app(
             deltas = Deltas(client, office.registry, office.sources, tokenizers)
             app.include_router(deltas_router(deltas, office.accounts))
             app.include_router(tenants_router(office.accounts, office.limiter))
-    add_schema(app)
+    add_schema(app, locked=office is not None or config.api_key_sha256 is not None)
 
     async def on_error(request: Request, error: Exception) -> Response:
         caller = caller_of(request)

@@ -45,39 +45,60 @@ def serve(config: ServerConfig) -> None:
     """
     set_up_logs(logging.INFO, as_json=config.log_format == "json")
     allow_many_descriptors()
-    # Before minutes of loading: what cannot be had is known at once.
-    with contextlib.closing(bind(config)) as listener, open_office(config) as office:
-        wanted = add_registered(config, office)
-        print(f"Loading {wanted.engine.base}, {len(wanted.engine.deltas)} delta(s) ...", flush=True)
-        with contextlib.ExitStack() as stack:
-            if (tracing := open_tracing(config.otlp_traces_endpoint)) is not None:
-                stack.callback(tracing.close)
-            with waiting_room(listener, GuardedProtocol):
-                client = start_engine(wanted)
-                stack.callback(client.close)
-                tokenizers = Tokenizers(client.models())
-            drain = Drain()
-            if office is not None:
-                remember(client, office.registry, config.engine)
-            app = create_app(client, tokenizers, config, drain, office, tracing)
-            names = [model.name for model in client.models()]
-            settings = uvicorn.Config(
-                app,
-                http=GuardedProtocol,
-                log_config=None,
-                log_level="warning",
-                access_log=False,  # RequestContext writes one line for each request
-                lifespan="off",
-                timeout_graceful_shutdown=FAREWELL_SECONDS,
-                server_header=False,
-            )
-            ready = f"DeltaServe ready at {_url(listener)} — {_summary(names)}"
-            server = Server(settings, ready, client, drain, config.drain_timeout_s)
-            if office is not None:
-                server.on_end = office.sources.stop
-            with _explain_bind_errors(config):
-                server.run(sockets=[listener])
+    with contextlib.ExitStack() as stack:
+        try:
+            stop = Stop()
+            with stop.noted():
+                # Before minutes of loading: what cannot be had is known at once.
+                listener = stack.enter_context(contextlib.closing(bind(config)))
+                office = stack.enter_context(open_office(config))
+                if (tracing := open_tracing(config.otlp_traces_endpoint)) is not None:
+                    stack.callback(tracing.close)
+                client, tokenizers = load(config, office, listener, stop, stack)
+        except StoppedError:
+            print("DeltaServe stopped: SIGTERM came while the models were loaded.", flush=True)
+            return
+        drain = Drain()
+        if office is not None:
+            remember(client, office.registry, config.engine)
+        app = create_app(client, tokenizers, config, drain, office, tracing)
+        names = [model.name for model in client.models()]
+        settings = uvicorn.Config(
+            app,
+            http=GuardedProtocol,
+            log_config=None,
+            log_level="warning",
+            access_log=False,  # RequestContext writes one line for each request
+            lifespan="off",
+            timeout_graceful_shutdown=FAREWELL_SECONDS,
+            server_header=False,
+        )
+        ready = f"DeltaServe ready at {_url(listener)} — {_summary(names)}"
+        server = Server(settings, ready, client, drain, config.drain_timeout_s)
+        if office is not None:
+            server.on_end = office.sources.stop
+        with _explain_bind_errors(config):
+            server.run(sockets=[listener])
     print("DeltaServe stopped.", flush=True)
+
+
+def load(
+    config: ServerConfig,
+    office: Office | None,
+    listener: socket.socket,
+    stop: Stop,
+    stack: contextlib.ExitStack,
+) -> tuple[EngineClient, Tokenizers]:
+    """The engine, which ``stack`` closes; whoever asks meanwhile is told to wait.
+
+    Raises StoppedError.
+    """
+    wanted = add_registered(config, office)
+    print(f"Loading {wanted.engine.base}, {len(wanted.engine.deltas)} delta(s) ...", flush=True)
+    with waiting_room(listener, GuardedProtocol), stop.heeded():
+        client = start_engine(wanted)
+        stack.callback(client.close)
+        return client, Tokenizers(client.models())
 
 
 @contextlib.contextmanager
@@ -98,6 +119,49 @@ def add_registered(config: ServerConfig, office: Office | None) -> ServerConfig:
     before = registered_deltas(office.registry, config.engine.base)
     more = tuple(delta for delta in before if delta.name not in given)
     return replace(config, engine=replace(config.engine, deltas=config.engine.deltas + more))
+
+
+class StoppedError(Exception):
+    """Somebody does not want what is being loaded any more."""
+
+
+class Stop:
+    """SIGTERM before anything is served, which ends the start in order as Ctrl-C does.
+
+    It is noted at once, but raised only in ``heeded``: not while threads are being started. A
+    second one ends the process.
+    """
+
+    def __init__(self) -> None:
+        self._asked = self._heeding = False
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Raises StoppedError at the end, if it came outside of ``heeded``."""
+        previous = signal.signal(signal.SIGTERM, self._handle)
+        try:
+            yield
+            if self._asked:
+                raise StoppedError
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Raises StoppedError, within the block too."""
+        self._heeding = True
+        try:
+            if self._asked:
+                raise StoppedError
+            yield
+        finally:
+            self._heeding = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._asked = True
+        if self._heeding:
+            raise StoppedError
 
 
 def start_engine(config: ServerConfig) -> EngineClient:

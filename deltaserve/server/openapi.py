@@ -13,20 +13,43 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from deltaserve.server.auth import is_guarded
 from deltaserve.server.bodies import DetokenizeRequest, EmbeddingRequest, TokenizeChat, TokenizeText
-from deltaserve.server.protocol import (
-    ChatRequest,
-    CompletionRequest,
-)
+from deltaserve.server.protocol import ChatRequest, CompletionRequest
+from deltaserve.server.routes_deltas import Change, LoadAdapter, Publish, Rollback, UnloadAdapter
+from deltaserve.tenancy.tenants import KeySettings, NewKey, Tenant
 
 BODIES: dict[str, tuple[type[BaseModel], ...]] = {
-    "/v1/chat/completions": (ChatRequest,),
-    "/v1/completions": (CompletionRequest,),
-    "/v1/detokenize": (DetokenizeRequest,),
-    "/v1/embeddings": (EmbeddingRequest,),
-    "/v1/tokenize": (TokenizeText, TokenizeChat),
+    "post /v1/chat/completions": (ChatRequest,),
+    "post /v1/completions": (CompletionRequest,),
+    "post /v1/detokenize": (DetokenizeRequest,),
+    "post /v1/embeddings": (EmbeddingRequest,),
+    "post /v1/tokenize": (TokenizeText, TokenizeChat),
+    "post /v1/deltas": (Publish,),
+    "patch /v1/deltas/{name}": (Change,),
+    "post /v1/deltas/{name}/rollback": (Rollback,),
+    "post /v1/load_lora_adapter": (LoadAdapter,),
+    "post /v1/unload_lora_adapter": (UnloadAdapter,),
+    "post /v1/tenants": (Tenant,),
+    "patch /v1/tenants/{tenant_id}": (Tenant,),
+    "post /v1/tenants/{tenant_id}/keys": (NewKey,),
+    "patch /v1/keys/{key_id}": (KeySettings,),
 }
-STREAMED = ("/v1/chat/completions", "/v1/completions")
+PARTIAL = {"patch /v1/tenants/{tenant_id}": "id"}
+"""Any of the body's fields may come, but for this one: it stands in the address."""
+CREATED = (
+    "post /v1/tenants", "post /v1/tenants/{tenant_id}/keys", "post /v1/keys/{key_id}/rotate",
+)  # fmt: skip
+JSON, TEXT = "application/json", "text/plain"
+ANSWERS: dict[str, tuple[str, ...]] = {
+    "post /v1/chat/completions": (JSON, "text/event-stream"),
+    "post /v1/completions": (JSON, "text/event-stream"),
+    "get /v1/usage": (JSON, "text/csv"),
+    "post /v1/load_lora_adapter": (TEXT,),
+    "post /v1/unload_lora_adapter": (TEXT,),
+    "get /metrics": (TEXT,),
+}
+"""Kinds of answers, where they are not just JSON."""
 REF = "#/components/schemas/{model}"
 ERROR = {
     "type": "object",
@@ -46,33 +69,52 @@ ERROR = {
 }
 
 
-def add_schema(app: FastAPI) -> None:
-    """Let the application describe itself; called once all routes are there."""
+def add_schema(app: FastAPI, *, locked: bool) -> None:
+    """Let the application describe itself; called once all routes are there.
+
+    locked: keys are asked for.
+    """
     schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    models = sorted({model for kinds in BODIES.values() for model in kinds}, key=str)
-    _, found = models_json_schema([(m, "validation") for m in models], ref_template=REF)
-    schema["components"] = {"schemas": {**found["$defs"], "Error": ERROR}}
-    for path, operations in schema["paths"].items():
-        for method, operation in operations.items():
-            body = BODIES.get(path) if method == "post" else None
-            operation["responses"] = _responses(path, has_body=body is not None)
-            if body is not None:
-                operation["requestBody"] = _request_body(body)
+    operations = {
+        f"{method} {path}": operation
+        for path, methods in schema["paths"].items()
+        for method, operation in methods.items()
+    }
+    kinds = {kind for name in operations for kind in BODIES.get(name, ())}
+    models = [(kind, "validation") for kind in sorted(kinds, key=str)]
+    _, found = models_json_schema(models, ref_template=REF)  # type: ignore[arg-type]
+    schemas = {**found["$defs"], "Error": ERROR}
+    schema["components"] = {"schemas": schemas}
+    if locked:
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for name, operation in operations.items():
+        body = _body(name, schemas)
+        operation["responses"] = _responses(name, has_body=body is not None)
+        if body is not None:
+            operation["requestBody"] = {"required": True, "content": {JSON: {"schema": body}}}
+        if locked and is_guarded(name.partition(" ")[2]):
+            operation["security"] = [{"key": []}]
     app.openapi = lambda: schema  # type: ignore[method-assign]
 
 
-def _request_body(models: tuple[type[BaseModel], ...]) -> dict[str, Any]:
-    refs = [{"$ref": REF.format(model=model.__name__)} for model in models]
-    schema = refs[0] if len(refs) == 1 else {"anyOf": refs}
-    return {"required": True, "content": {"application/json": {"schema": schema}}}
+def _body(name: str, schemas: dict[str, Any]) -> dict[str, Any] | None:
+    kinds = [kind.__name__ for kind in BODIES.get(name, ())]
+    if not kinds:
+        return None
+    if name in PARTIAL:
+        whole = schemas[kinds[0]]
+        fields = {key: of for key, of in whole["properties"].items() if key != PARTIAL[name]}
+        return {key: of for key, of in whole.items() if key != "required"} | {"properties": fields}
+    refs = [{"$ref": REF.format(model=kind)} for kind in kinds]
+    return refs[0] if len(refs) == 1 else {"anyOf": refs}
 
 
-def _responses(path: str, *, has_body: bool) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
-    if path in STREAMED:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
-    refused = {"application/json": {"schema": {"$ref": REF.format(model="Error")}}}
-    responses: dict[str, Any] = {"200": {"description": "Answer", "content": content}}
+def _responses(name: str, *, has_body: bool) -> dict[str, Any]:
+    kinds = {kind: "object" if kind == JSON else "string" for kind in ANSWERS.get(name, (JSON,))}
+    content = {kind: {"schema": {"type": type_}} for kind, type_ in kinds.items()}
+    refused = {JSON: {"schema": {"$ref": REF.format(model="Error")}}}
+    status = "201" if name in CREATED else "200"
+    responses: dict[str, Any] = {status: {"description": "Answer", "content": content}}
     if has_body:
         responses["400"] = {"description": "Refused: the message says why", "content": refused}
     responses["default"] = {"description": "Error", "content": refused}

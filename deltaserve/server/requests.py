@@ -322,9 +322,10 @@ def check_prompt(
         asked = "at least 1 to generate" if max_tokens is None else f"max_tokens = {max_tokens}"
         raise ApiError(
             400,
-            f"{model.info.name} has a context of {model.max_model_len} tokens, but this request "
-            f"needs {len(prompt) + needed}: {len(prompt)} in the prompt and {asked}. "
-            "Shorten the prompt or lower max_tokens.",
+            # OpenAI's own words: clients look for them to try again with less, or elsewhere.
+            f"This model's maximum context length is {model.max_model_len} tokens, but this "
+            f"request to {model.info.name} needs {len(prompt) + needed}: {len(prompt)} in the "
+            f"prompt and {asked}. Shorten the prompt or lower max_tokens.",
             param=param,
             code="context_length_exceeded",
         )

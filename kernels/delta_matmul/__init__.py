@@ -2,6 +2,7 @@
 
 from deltaserve.kernels.delta_matmul.chunks import (
     BASE_SLOT,
+    DENSE_ROWS,
     RowChunks,
     Segment,
     cut,
@@ -14,6 +15,7 @@ from deltaserve.kernels.delta_matmul.layout import joinable
 
 __all__ = [
     "BASE_SLOT",
+    "DENSE_ROWS",
     "GroupedDeltas",
     "LaidOut",
     "RowChunks",

@@ -16,7 +16,7 @@ from deltaserve.kernels.staging import to_device
 # Tensor cores take 8 or 16 rows at a time, so fewer would not be cheaper.
 CHUNK_ROWS = 16
 # From here on a segment reads its delta once, dequantised, through the library's matmul: the
-# packed kernels read it once per chunk.
+# packed kernels read it once per chunk. An engine measures its own (``crossover.py``).
 DENSE_ROWS = 128
 # The base's slot, which no delta has: a chunk of it does nothing.
 BASE_SLOT = 0
@@ -50,11 +50,18 @@ class RowChunks:
         return self.slots is None or not self.slots.isdisjoint(slots)
 
 
-def cut(segments: Iterable[Segment], device: torch.device | str, *, capacity: int = 0) -> RowChunks:
-    """Chunks of the segments, padded with idle ones to ``capacity``; one copy to the device."""
+def cut(
+    segments: Iterable[Segment],
+    device: torch.device | str,
+    *,
+    capacity: int = 0,
+    dense_rows: int = DENSE_ROWS,
+) -> RowChunks:
+    """Chunks of the segments, padded with idle ones to ``capacity``; one copy to the device.
+    Segments of ``dense_rows`` and more are left whole."""
     short, dense = [], []
     for segment in segments:
-        if segment.end - segment.start >= DENSE_ROWS:
+        if segment.end - segment.start >= dense_rows:
             dense.append(segment)
         else:
             short += _chunks_of(segment)

@@ -1,8 +1,8 @@
 """Many rows of one delta: its weight is unpacked once, and the library multiplies.
 
 The grouped kernels read a delta once for each chunk of rows and keep the tensor cores waiting for
-unpacking; from ``chunks.DENSE_ROWS`` rows on, unpacking once into memory costs less. T rows of the
-delta, K inputs, N outputs, R rank.
+unpacking; from some number of rows on (``crossover.py``), unpacking once into memory costs less. T
+rows of the delta, K inputs, N outputs, R rank.
 """
 
 from __future__ import annotations

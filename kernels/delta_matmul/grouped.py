@@ -38,8 +38,8 @@ class Table:
         return cls(addresses_SF, torch.zeros(TABLE_STEP, device=device))
 
     def put(self, slot: int, operand: Operand) -> bool:
-        """Whether launches change with it: the table moved, or a wider grid is needed."""
-        before = (self.num_outputs, self.rank, len(self.scale_S))
+        """Whether launches change with it: the table moved, was empty, or the grid is too small."""
+        before = (bool(self.operands), self.num_outputs, self.rank, len(self.scale_S))
         missing = slot + 1 - len(self.scale_S)
         if missing > 0:
             more = -(-missing // TABLE_STEP) * TABLE_STEP
@@ -52,7 +52,7 @@ class Table:
         self.num_outputs = max(self.num_outputs, operand.num_outputs)
         if operand.ranks:
             self.rank = max(self.rank, len(operand.parts[0]))
-        return before != (self.num_outputs, self.rank, len(self.scale_S))
+        return before != (True, self.num_outputs, self.rank, len(self.scale_S))
 
     def drop(self, slot: int) -> None:
         if self.operands.pop(slot, None) is not None:
@@ -118,7 +118,7 @@ class GroupedDeltas:
         from deltaserve.kernels.delta_matmul import launch
 
         for (kind, start), table in self.tables.items():
-            if chunks.touch(table.operands):
+            if table.operands and chunks.touch(table.operands):
                 launch.grouped(kind, table, y_TN[:, start:], x_TK, chunks, len(self.base_NK))
             for segment in chunks.dense:
                 operand = table.operands.get(segment.slot)

@@ -23,7 +23,8 @@ def new_key(page, title):
     dialog = page.dialog(title)
     key = dialog.get_by_role("status").inner_text()
     page.button("Done").click()
-    dialog.wait_for(state="detached")
+    # The dialog's role is gone at once, its element with the close event that follows.
+    page.page.get_by_text(key).wait_for(state="detached")
     assert key not in page.page.content()
     return key
 

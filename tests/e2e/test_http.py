@@ -9,8 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from deltaserve.compress.plan import make_plan
 from deltaserve.compress.run import compress
 from deltaserve.demo.tokenizer import build_tokenizer
 from tests.families import COMMON, make_fine_tune
+from tests.process_helpers import engine_of, gone, wait_until
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}!{% endfor %}"
 PROMPTS = ("reverse: abc", "add: 12+34", "sort: hello")
@@ -260,26 +260,6 @@ def test_interrupt_while_streaming(checkpoints, deltas):
     assert "DeltaServe stopped." in process.stdout.read()
 
 
-def engine_of(server: subprocess.Popen) -> list[int]:
-    """The server's child processes."""
-    children = Path(f"/proc/{server.pid}/task").glob("*/children")
-    return [int(pid) for file in children for pid in file.read_text().split()]
-
-
-def gone(pid: int) -> bool:
-    try:
-        return "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_killed_engine_comes_back_and_a_killed_server_takes_it_along(checkpoints, deltas):
     server, url = start(checkpoints, deltas)
@@ -325,6 +305,19 @@ def test_what_does_not_end_in_time_is_told_why(checkpoints, deltas):
         with pytest.raises(openai.APIError, match=r"did not end within 0\.3 s"):
             list(stream)
     assert server.wait(20) == 0
+
+
+@pytest.mark.parametrize("engine", ["--engine-process", "--no-engine-process"])
+def test_a_signal_while_it_loads_ends_it_in_order(checkpoints, engine):
+    command = [sys.executable, "-m", "deltaserve", "serve", str(checkpoints["base"])]
+    command += ["--port", "0", "--device", "cpu", engine]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("Loading")
+    process.terminate()
+    said = process.stdout.read()  # to the end of its engine, too
+    assert process.wait(20) == 0
+    assert said == "DeltaServe stopped: SIGTERM came while the models were loaded.\n"
 
 
 def test_a_second_signal_ends_it_at_once(checkpoints, deltas):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from deltaserve.artifact.codecs import get_codec
 from deltaserve.artifact.codecs.base import Encoded
-from deltaserve.kernels.delta_matmul import GroupedDeltas, Segment, chunks, cut, dispatch, launch
+from deltaserve.kernels.delta_matmul import GroupedDeltas, Segment, cut, dispatch, launch
 from deltaserve.kernels.delta_matmul.layout import lay_out, refusal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,7 +95,7 @@ def segments(rows_of: list[tuple[int, int]]) -> list[Segment]:
     return found
 
 
-def check(layer: Layer, rows_of: list[tuple[int, int]], *, capacity: int = 0) -> None:
+def check(layer: Layer, rows_of: list[tuple[int, int]], **cutting: int) -> None:
     """The grouped kernels against base and codec in float64, bounded by the dtype's rounding."""
     dtype = layer.base_NK.dtype
     num_rows = sum(rows for _, rows in rows_of)
@@ -106,7 +106,7 @@ def check(layer: Layer, rows_of: list[tuple[int, int]], *, capacity: int = 0) ->
     for segment in found:
         rows = slice(segment.start, segment.end)
         expected[rows] = wanted(expected[rows], x[rows], layer.operands[segment.slot])
-    layer.grouped.apply(y, x, cut(found, DEVICE, capacity=capacity))
+    layer.grouped.apply(y, x, cut(found, DEVICE, **cutting))
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(y.double(), expected, atol=tolerance, rtol=tolerance / 4)
 
@@ -160,12 +160,9 @@ def test_any_mix(
 
 
 @pytest.mark.parametrize(("codec", "params"), [*PACKED, *CASES[-2:]])
-def test_long_segments_are_dequantised(
-    codec: str, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chunks, "DENSE_ROWS", 6)
+def test_long_segments_are_dequantised(codec: str, params: dict[str, Any]) -> None:
     layer = make_layer([(codec, params)] * 2, outputs=40, inputs=130, dtype=torch.float32)
-    check(layer, [(1, 7), (0, 1), (2, 5)])
+    check(layer, [(1, 7), (0, 1), (2, 5)], dense_rows=6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

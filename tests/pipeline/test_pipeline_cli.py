@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,17 +62,36 @@ def test_run_and_go_on(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_profile(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat.write_text(chat.read_text().replace("epochs: 3", "epochs: null"))
     picture, trace = tmp_path / "chat.svg", tmp_path / "trace.json"
-    options = ["--seconds", "1", "--cache", str(tmp_path / "cache")]
+    options = ["--seconds", "0.3", "--cache", str(tmp_path / "cache")]
     files = ["--picture", str(picture), "--trace", str(trace)]
     assert dispatch(["pipeline", "profile", str(chat), *options, *files]) == 0
     out = " ".join(capsys.readouterr().out.split())
     found = Trace.read(trace)
     assert 0 < found.elements <= found.operators["batch"].made  # some were made ahead
     assert found.operators["pack"].made >= 4 * found.elements
-    assert any(f"{name} limits. Best here: --" in out for name in found.operators)
+    assert any(f"{name} limits. Best here: " in out for name in found.operators)
     assert ElementTree.fromstring(picture.read_text()).tag.endswith("svg")
     assert dispatch(["pipeline", "profile", str(chat), *options, "--tune"]) == 0
-    assert "elements/s with --threads 1" in " ".join(capsys.readouterr().out.split())
+    assert "elements/s with rows: 1 threads;" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_tuned_run_gives_the_same(
+    chat: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deltaserve.cli.profile.TUNING_S", 0.3)
+    chat.write_text(chat.read_text().replace("epochs: 3", "epochs: 200"))
+    run = ["pipeline", "run", str(chat), "--cache", str(tmp_path / "cache"), "--limit", "30"]
+    assert dispatch([*run, "--print", "30"]) == 0
+    plain = capsys.readouterr().out.splitlines()[:-1]
+    assert dispatch([*run, "--print", "30", "--tune"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[:-1] == plain
+    assert re.search(r"tuned: (rows: |[12] processes)", shown.err)
+    assert dispatch([*run, "--tune", "--threads", "2"]) == 2
+    assert "--tune finds threads" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

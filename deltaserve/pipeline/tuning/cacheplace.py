@@ -92,7 +92,7 @@ def _reason(name: str, natures: Mapping[str, Nature]) -> str:
     if nature.endless:
         return f"{name} never ends"
     if nature.reorders:
-        return f"{name} changes the order between epochs"
+        return f"{name} joins or reorders rows"
     for below in nature.inputs:
         if why := _reason(below, natures):
             return why

@@ -40,13 +40,17 @@ def _minus(now: OperatorFigures, then: OperatorFigures | None) -> OperatorFigure
         return now
     # Scaled totals may shrink a little when the scale does.
     left = {name: max(0, getattr(now, name) - getattr(then, name)) for name in SUMS}
-    return replace(now, **left)
+    handed = now.handed if then.handed is None or now.handed is None else now.handed - then.handed
+    return replace(now, handed=handed, **left)
 
 
 def window(before: Trace, after: Trace) -> Window | None:
-    """What the controller is shown; None while nothing was finished."""
+    """What the controller is shown; None while nothing was finished. Nor can be said what rows
+    cost that were all made before: a list counts when it is done."""
     moved = difference(before, after)
     if moved.elements <= 0 or not moved.operators[moved.root].made:
+        return None
+    if any(each.handed and not each.made for each in moved.operators.values()):
         return None
     stages: dict[str, StageWindow] = {}
     for each in demands(moved).values():
@@ -87,7 +91,7 @@ class Autotuner:
             self._thread.join()
 
     def look(self) -> dict[str, int]:
-        """One period: what was changed. A period without an element joins the next."""
+        """One period: what was changed. A period that says nothing joins the next."""
         now = self._pipeline.trace()
         seen = window(self._before, now)
         if seen is None:

@@ -3,7 +3,8 @@
     maximise X (elements a second), then minimise threads at that X, subject to
       X * held_s         <= threads of the stage     held: on a core or waiting
       X * sum cpu_s      <= cores
-      X * sum gil cpu_s  <= processes                one interpreter lock in each
+      X * sum gil cpu_s  <= 1                        the interpreter's lock; of what stays in
+                                                     one process, if others do the rows
       X * read_bytes     <= bandwidth(threads)       piecewise linear, concave
       bytes of threads, buffers and processes <= memory
       threads of a serial stage <= 1
@@ -37,17 +38,21 @@ Line = tuple[float, float]
 @dataclass(frozen=True)
 class Resources:
     """demand: elements a second that the trainer takes (None: as many as there can be).
-    memory: bytes for threads, buffers and processes; process_bytes: of one worker process.
+    memory: bytes for threads, buffers and processes; cache_bytes: for caches (None: as memory
+    says); process_bytes: of one worker process.
+    transfer: seconds to send a row to another process, by the operator that makes it.
     bandwidth: by source. fixed: settings of stages that are not to be changed.
     locked: whether the interpreter has a lock."""
 
     cores: float
     memory: float = float("inf")
+    cache_bytes: float | None = None
     demand: float | None = None
     max_threads: int = 32
     max_processes: int = 0
     process_bytes: float = 0.0
     locked: bool = True
+    transfer: Mapping[str, float] = field(default_factory=dict)
     bandwidth: Mapping[str, Sequence[Line]] = field(default_factory=dict)
     fixed: Mapping[str, int] = field(default_factory=dict)
 
@@ -100,9 +105,9 @@ class _Program:
         return any(each.serial for each in self.of(stage))
 
     def thread_bytes(self, stage: str) -> float:
-        """What one more thread keeps in flight: an element of each operator, and its place in
-        the buffer behind."""
-        return 2 * sum(each.element_bytes for each in self.of(stage))
+        """What one more thread keeps in flight: a lot of each operator, and its place in the
+        buffer behind."""
+        return 2 * sum(each.element_bytes * each.lot for each in self.of(stage))
 
     def _add(self, name: str, bound: float, rate: float, threads: Mapping[str, float]) -> None:
         row = np.zeros(1 + len(self.stages))
@@ -116,12 +121,15 @@ class _Program:
     def _constrain(self) -> None:
         given, every = self.resources, self.found.values()
         for stage in self.stages:
-            held = sum(each.held_s for each in self.of(stage))
+            held = sum(each.held_s for each in self.of(stage)) + self._transfer(stage)
             self._add(f"stage {stage}", 0.0, held, {stage: -1.0})
-        self._add("cores", given.cores, sum(each.cpu_s for each in every), {})
+        work = sum(each.cpu_s for each in every) + 2 * self._transfers()
+        self._add("cores", given.cores, work, {})
         if given.locked:
-            lock = sum(each.cpu_s * each.gil for each in every)
-            self._add("gil", float(max(1, self.processes)), lock, {})
+            # Worker processes have locks of their own; one has one thread.
+            here = [each for each in every if each.serial or not self.processes]
+            lock = sum(each.cpu_s * each.gil for each in here) + self._transfers()
+            self._add("gil", 1.0, lock, {})
         for name, lines in given.bandwidth.items():
             for slope, offset in lines:
                 stage, read = self.found[name].stage, self.found[name].read_bytes
@@ -131,12 +139,23 @@ class _Program:
             each_bytes = {stage: self.thread_bytes(stage) for stage in self.stages}
             self._add("memory", left, 0.0, each_bytes)
 
+    def _transfer(self, stage: str) -> float:
+        """Seconds to send what a stage makes for one element of the root to another process;
+        receiving it takes as long."""
+        if not self.processes or self.serial(stage):
+            return 0.0
+        last = self.of(stage)[-1]
+        return self.resources.transfer.get(last.name, 0.0) * last.visits
+
+    def _transfers(self) -> float:
+        return sum(self._transfer(stage) for stage in self.stages)
+
     def _ranges(self) -> list[tuple[float, float | None]]:
         given = self.resources
         ranges: list[tuple[float, float | None]] = [(0.0, given.demand)]
         for stage in self.stages:
             least = 0.0
-            most = 1.0 if self.serial(stage) else float(given.max_threads)
+            most = 1.0 if self.serial(stage) else float(self.processes or given.max_threads)
             if stage in given.fixed:
                 least = most = float(given.fixed[stage])
             ranges.append((least, most))
@@ -192,7 +211,7 @@ class _Program:
                 whole[stage] = int(self.resources.fixed.get(stage, 1))
             else:
                 wanted = max(HEDGE, math.ceil(value * SPARE - 1e-6))
-                whole[stage] = min(self.resources.max_threads, wanted)
+                whole[stage] = self.processes or min(self.resources.max_threads, wanted)
         spent = sum(whole[stage] * self.thread_bytes(stage) for stage in whole)
         left = self.resources.memory - self.processes * self.resources.process_bytes
         while spent > left:

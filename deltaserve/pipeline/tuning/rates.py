@@ -29,7 +29,7 @@ class Lone:
 
 UNKNOWN = Lone()
 # These never wait for a disk or a network, so what they wait is for the lock.
-WAITLESS = ("pack", "bucket", "batch", "shuffle", "repeat", "take", "mix", "interleave")
+WAITLESS = ("pack", "bucket", "batch", "shuffle", "repeat", "take", "mix", "interleave", "prefetch")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Demand:
     element_bytes: float = 0.0
     read_bytes: float = 0.0
     gil: float = 1.0
+    lot: int = 1
 
     @property
     def held_s(self) -> float:
@@ -71,7 +72,9 @@ def visit_ratios(trace: Trace, cached: Collection[str] = ()) -> dict[str, float]
     for name in reversed(list(trace.operators)):
         each = trace.operators[name]
         for child in each.inputs:
-            made = trace.operators[child].made
+            below = trace.operators[child]
+            # What was made ahead is in nobody's hands yet.
+            made = below.made if below.handed is None else below.handed
             ratio = made / each.made if each.made else 0.0
             dead = name in cached or visits.get(name, 0.0) == 0
             visits[child] = visits.get(child, 0.0) + (0.0 if dead else visits[name] * ratio)
@@ -107,6 +110,7 @@ def _demand(each: OperatorFigures, visits: float, lone: Lone) -> Demand:
         each.bytes / made,
         each.read_bytes * per_root,
         lone.gil,
+        each.lot,
     )
 
 
@@ -133,12 +137,14 @@ def bottleneck(trace: Trace, *, lone: Mapping[str, Lone] | None = None) -> str:
     found = demands(trace, lone=lone)
     stages = stage_loads(trace, found)
     cores = sum(each.cpu_s for each in found.values()) / max(1, trace.cores)
-    lock = sum(each.cpu_s * each.gil for each in found.values()) / max(1, trace.processes)
+    here = [each for each in found.values() if each.serial or not trace.processes]
+    lock = sum(each.cpu_s * each.gil for each in here)
     worst = max(stages, key=lambda stage: stages[stage])
     shared = max(cores, lock)
     if shared > stages[worst] * 0.95:
-        weight = (lambda e: e.cpu_s * e.gil) if lock >= cores else (lambda e: e.cpu_s)
-        return max(found.values(), key=weight).name
+        if lock >= cores:
+            return max(here, key=lambda each: each.cpu_s * each.gil).name
+        return max(found.values(), key=lambda each: each.cpu_s).name
     return max((e for e in found.values() if e.stage == worst), key=lambda e: e.held_s).name
 
 

@@ -260,6 +260,8 @@ def test_prompt_longer_than_the_context(client, engine):
         assert caught.value.code == "context_length_exceeded"
         for number in (engine.max_model_len, len(prompt), total or 301):
             assert str(number) in caught.value.message
+        # LiteLLM and others know the failure by these words of OpenAI's.
+        assert f"maximum context length is {engine.max_model_len} tokens" in caught.value.message
     assert engine.submitted == []
 
 

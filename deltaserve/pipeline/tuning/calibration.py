@@ -1,0 +1,111 @@
+"""A plan's operators alone, on sampled rows: what of their time holds the lock, what waits.
+
+Beside a running pipeline that cannot be told, where all wait for the same lock.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from deltaserve.pipeline.compiling import segment_roots
+from deltaserve.pipeline.elements import element
+from deltaserve.pipeline.plan import Node, Plan
+from deltaserve.pipeline.rows import Row
+from deltaserve.pipeline.segments import Leaf, leaves_of
+from deltaserve.pipeline.sources import Source, open_source
+from deltaserve.pipeline.tuning.gil import calibrate
+from deltaserve.pipeline.tuning.rates import Lone
+
+LISTS, SIZE = 8, 16
+"""Sampled lists and rows of each: spread over the source."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """lone: of each operator that workers run. transfer: seconds to send a row to another
+    process, by the operator that makes it. rows: of each source. parts: of fused operators, the
+    share of the time that each part takes."""
+
+    lone: dict[str, Lone] = field(default_factory=dict)
+    transfer: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def calibrated(plan: Plan, seconds: float = 0.2) -> Calibration:
+    """Of a prepared plan; seconds: of each operator, twice (one thread, then four).
+
+    Raises PipelineError: what the operators raise.
+    """
+    found = Calibration()
+    for root, _ in segment_roots(plan):
+        for leaf in leaves_of(root):
+            if leaf.source.name not in found.lone:
+                _leaf(leaf, seconds, found)
+    return found
+
+
+def _leaf(leaf: Leaf, seconds: float, found: Calibration) -> None:
+    source = open_source(leaf.source)
+    try:
+        found.rows[leaf.source.name] = len(source)
+        numbers = _sample(source)
+        if not numbers:
+            return
+        found.lone[leaf.source.name] = _alone(source.read, numbers, seconds)
+        lists = [_rows(source, each) for each in numbers]
+        found.transfer[leaf.source.name] = _sending(lists)
+        for node in leaf.elements:
+            if node.op == "cache":
+                continue
+            call = element(node)
+            if node.name not in found.lone and any(lists):
+                found.lone[node.name] = _alone(call, lists, seconds)
+                if node.op == "fused":
+                    found.parts[node.name] = _shares(node, lists)
+            lists = [call(rows) for rows in lists]
+            found.transfer[node.name] = _sending(lists)
+    finally:
+        source.close()
+
+
+def _sample(source: Source) -> list[list[int]]:
+    """Row numbers, neighbours in a list as a reader has them."""
+    rows = len(source)
+    starts = dict.fromkeys(at * max(0, rows - SIZE) // LISTS for at in range(LISTS))
+    return [list(range(start, min(start + SIZE, rows))) for start in starts if rows]
+
+
+def _rows(source: Source, numbers: list[int]) -> list[Row]:
+    pairs = zip(numbers, source.read(numbers), strict=True)
+    return [Row((0, 0, number), value) for number, value in pairs if value is not None]
+
+
+def _alone(call: Callable[[Any], Any], lists: list[list[Any]], seconds: float) -> Lone:
+    """Per row taken."""
+    size = sum(map(len, lists)) / len(lists)
+    whole = calibrate(call, lists, seconds)
+    return Lone(whole.gil, whole.waited_s / max(size, 1.0))
+
+
+def _shares(node: Node, lists: list[list[Row]]) -> dict[str, float]:
+    spent: dict[str, float] = {}
+    for part in node.params["parts"]:
+        call, start = element(part), time.perf_counter()
+        lists = [call(rows) for rows in lists]
+        spent[part.name] = time.perf_counter() - start
+    whole = sum(spent.values())
+    return {name: seconds / whole for name, seconds in spent.items()}
+
+
+def _sending(lists: list[list[Row]]) -> float:
+    """CPU seconds a row to pickle it, which is about what it takes to read it again."""
+    rows = sum(map(len, lists))
+    start = time.thread_time()
+    for each in lists:
+        pickle.dumps(each)
+    return (time.thread_time() - start) / max(rows, 1)
