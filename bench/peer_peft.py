@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from deltaserve.bench.peer_models import prompt
 
@@ -81,7 +82,7 @@ def _serve(connection: Connection, base: Path, adapters: tuple[Path, ...]) -> No
         connection.send(_generate(tuned, tokenizer, question))
 
 
-def _generate(model, tokenizer, question: Question) -> list[int]:  # type: ignore[no-untyped-def]
+def _generate(model: Any, tokenizer: Any, question: Question) -> list[int]:
     """Tokens of each answer; texts are made as well, as a server would."""
     import torch
 

@@ -27,6 +27,7 @@ START_SECONDS = 120.0
 MERGE_BYTES = 4 << 30
 OURS, OURS_LORA = "deltaserve", "deltaserve, LoRA adapters"
 LATE = "no answer within the limit"
+NOTHING = "an answer without a token"
 
 
 class StartError(Exception):
@@ -208,7 +209,7 @@ async def _ask(client: AsyncOpenAI, model: str, index: int, tokens: int) -> int 
         )
     except OpenAIError as error:
         return type(error).__name__
-    return answer.usage.completion_tokens if answer.usage else 0
+    return (answer.usage.completion_tokens if answer.usage else 0) or NOTHING
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ import contextlib
 import statistics
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,9 +31,10 @@ from pathlib import Path
 
 from deltaserve.bench.peer_models import build
 from deltaserve.bench.peer_servers import Load, Peer, StartError, peers, running_peer
+from deltaserve.bench.peer_table import README, RESULTS, update_readme
 from deltaserve.bench.record import record
 
-WARM_SECONDS = 60.0
+WARM_SECONDS = 120.0
 """For the warm-up of all models together."""
 
 
@@ -125,8 +127,10 @@ def _one(peer: Peer, count: int, sizes: Sizes, number: int, logs: Path) -> Load:
     models = peer.models[:count]
     try:
         with peer.start(log) as server:
+            deadline = time.monotonic() + WARM_SECONDS
             for i, model in enumerate(models):
-                warm = server.load([model], 1, 4, 10_000 + i, WARM_SECONDS / count)
+                left = max(1.0, deadline - time.monotonic())
+                warm = server.load([model], 1, 4, 10_000 + i, left)
                 if not warm.complete:
                     return _failed(f"warm-up: {warm.answers[0]}", sizes)
             server.load(models, sizes.requests, 8, 20_000, WARM_SECONDS)
@@ -147,10 +151,11 @@ def show(results: Sequence[Measured]) -> None:
     )
     for r in results:
         share = f"{r.succeeded}/{r.requests}"
-        print(
-            f"{r.server:<42}{r.num_models:>7}{share:>10}{r.seconds:>9.1f}"
-            f"{f'{r.fastest:.1f} - {r.slowest:.1f}':>14}{r.tokens_per_second:>10.1f}  {_ratio(r)}"
-        )
+        numbers = f"{'-':>9}{'-':>14}{'-':>10}"  # of what failed there is no time
+        if not r.failures:
+            spread = f"{r.fastest:.1f} - {r.slowest:.1f}"
+            numbers = f"{r.seconds:>9.1f}{spread:>14}{r.tokens_per_second:>10.1f}"
+        print(f"{r.server:<42}{r.num_models:>7}{share:>10}{numbers}  {_ratio(r)}")
         for kind, count in r.failures.items():
             print(f"    {count} x {kind}")
 
@@ -175,6 +180,9 @@ def main() -> int:
     )
     parser.add_argument("--url", action="append", default=[], help="NAME=URL; repeat it")
     parser.add_argument("--out", type=Path, help="write a JSON file as well")
+    parser.add_argument(
+        "--record", action="store_true", help=f"write {RESULTS} and the table of {README} from it"
+    )
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         root = args.dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -184,13 +192,15 @@ def main() -> int:
         sizes = Sizes(args.requests, args.tokens, args.limit)
         results = measure(servers, sizes, args.rounds, root)
     show(results)
-    if args.out:
+    if out := RESULTS if args.record else args.out:
         command = (
             f"python -m deltaserve.bench.peers --models {args.models} "
             f"--requests {args.requests} --tokens {args.tokens} --rounds {args.rounds}"
         )
         rows = [asdict(r) | {"tokens_per_second": r.tokens_per_second} for r in results]
-        record(args.out, command, rows)
+        record(out, command, rows)
+    if args.record:
+        update_readme()
     return int(any(r.failures for r in results if r.server.startswith("deltaserve")))
 
 
