@@ -34,7 +34,7 @@ from deltaserve.bench.peer_servers import Load, Peer, StartError, peers, running
 from deltaserve.bench.peer_table import README, RESULTS, update_readme
 from deltaserve.bench.record import record
 
-WARM_SECONDS = 120.0
+WARM_SECONDS = 240.0
 """For the warm-up of all models together."""
 
 
