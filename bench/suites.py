@@ -64,6 +64,8 @@ def run(name: str, root: Path, options: list[str], out: Path | None) -> int:
     for number, tenant in enumerate(keys):
         command += ["--set", f"tenants.{number}.api_key_env={_variable(tenant)}"]
     secrets = {_variable(tenant): key for tenant, key in keys.items()}
+    if keys:  # with tenants, its metrics are for who holds this one
+        secrets["DELTASERVE_ADMIN_KEY"] = new_key()
     result.unlink(missing_ok=True)
     code = subprocess.run(
         [sys.executable, "-m", "deltaserve", *command], env=os.environ | secrets, check=False
