@@ -39,7 +39,7 @@ p{margin:.3rem 0;color:var(--dim)}
 svg{width:100%;min-width:560px;height:auto}
 svg text{font-size:11px;fill:var(--dim)}svg .mid{text-anchor:middle}
 svg .end{text-anchor:end}svg .label{font-size:12px}svg polyline{stroke-width:1.6}
-svg .grid{stroke:var(--soft)}.legend span{margin-right:1rem;font-size:.85rem}
+svg .grid{stroke:var(--soft)}.legend span{display:inline-block;margin-right:1rem;font-size:.85rem}
 .legend i{display:inline-block;width:.7rem;height:.7rem;margin-right:.3rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem}
 th,td{white-space:nowrap;padding:.2rem .6rem;border-bottom:1px solid var(--soft);text-align:right}
@@ -270,7 +270,7 @@ def _server_series(over_time: Mapping[str, Any], words: Sequence[str]) -> str:
     chosen = [
         name
         for name in over_time["values"]
-        if any(word in name for word in words) and not name.endswith("_limit")
+        if any(word in name.removeprefix("deltaserve:") for word in words) and "_limit" not in name
     ]
     charts = []
     for unit in ("bytes", "seconds", ""):

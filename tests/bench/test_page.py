@@ -39,3 +39,16 @@ def test_the_busiest_are_shown():
 
 def test_a_few_groups_have_no_summed_row():
     assert "the other" not in report(result(3))
+
+
+def test_residency_is_only_what_says_so():
+    metrics = (
+        "deltaserve:tenant_queue_seconds_total 5\n"
+        'deltaserve:deltas{tier="device"} 2\n'
+        'deltaserve:tier_limit_bytes{tier="host"} 9\n'
+    )
+    found = run(Behaviour(metrics=metrics), **steady(20, 4), output=1)
+    section = report(found).partition("Residency over time")[2].partition("</section>")[0]
+    assert "deltaserve:deltas" in section
+    assert "queue" not in section
+    assert "limit" not in section
