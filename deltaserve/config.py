@@ -46,6 +46,7 @@ KEY_KNOBS = ("api_key", "admin_key")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Quantization = Literal["none", "bitsandbytes", "bitsandbytes-int8"]
 SchedulingPolicy = Literal["fcfs", "priority", "vtc"]
 
 
@@ -79,6 +80,9 @@ class EngineConfig:
     """"auto" is the checkpoint's own."""
     device: Device = "auto"
     """"auto" takes the GPU if there is one."""
+    quantization: Quantization = "none"
+    """The base's projections at 4 bits (NF4) or 8: less memory, and an error that deltas do not
+    correct. Deltas themselves are as they were compressed."""
     max_model_len: int | None = None
     """Longest sequence, prompt and answer together; None is what the model was made for."""
     max_num_seqs: int = 64
@@ -150,6 +154,11 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} is {value}, but must be 0 or more")
+        if self.quantization != "none" and self.merge_memory_bytes:
+            raise ConfigError(
+                f"merge_memory_bytes and quantization {self.quantization} exclude each other: a "
+                "merged delta would hold the whole base in full precision; leave one of them out"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, but must be at least "

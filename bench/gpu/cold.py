@@ -30,7 +30,7 @@ SETTLE_S = 60.0
 
 
 def first_token_ms(running: Engine, number: int, name: str, prompt: int) -> float:
-    vocab = running.base.hf_config.vocab_size
+    vocab = running.base.config.vocab_size
     ids = tuple(1 + (number * 31 + i * 7) % (vocab - 1) for i in range(prompt))
     params = SamplingParams(max_tokens=1, temperature=0.0)
     start = time.perf_counter()

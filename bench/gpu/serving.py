@@ -167,7 +167,7 @@ def by_engine(
     paths = models.deltas if way == "deltas" else models.wholes
     running = engine(models.base, paths, traffic, room)
     needs = [running.residency.current(f"m{i}").needs for i in range(traffic.num_models)]
-    asked = arrivals(traffic, running.base.hf_config.vocab_size)
+    asked = arrivals(traffic, running.base.config.vocab_size)
     # Compiles what prompts and mixed steps need; a second time with nothing to compile.
     warm = Traffic(traffic.num_models, min(16, len(asked)), traffic.prompt, 4, 0.0)
     for _ in range(1 if part.smoke else 2):

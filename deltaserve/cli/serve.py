@@ -132,6 +132,13 @@ Dtype = Annotated[
 Device = Annotated[
     str | None, typer.Option(help=f"auto, cpu or cuda. (default: {EngineConfig.device})")
 ]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        help="Hold the base at 4 bits (bitsandbytes) or 8 (bitsandbytes-int8), or none. "
+        f"(default: {EngineConfig.quantization})"
+    ),
+]
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Longest prompt and answer together. (default: the model's)")
 ]
@@ -268,6 +275,7 @@ def run(
     served_model_name: Name = None,
     dtype: Dtype = None,
     device: Device = None,
+    quantization: Quantization = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,

@@ -9,29 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from deltaserve.artifact.checkpoint import Checkpoint
-from deltaserve.artifact.digest import checkpoint_digest
 from deltaserve.config import EngineConfig, check_names
 from deltaserve.engine.admission import ByteBudget
 from deltaserve.engine.arena import reserve
+from deltaserve.engine.base import Base
 from deltaserve.engine.checks import check_request
 from deltaserve.engine.deterministic import DeterministicRunner
 from deltaserve.engine.fairness import make_policy
-from deltaserve.engine.families import family_of
 from deltaserve.engine.gate import QueueGate
 from deltaserve.engine.grammar import AllowedTokens, Preparing, Vocabulary
 from deltaserve.engine.info import base_version, model_infos, residency_stats
 from deltaserve.engine.kv import BlockPool, Key, root_key
 from deltaserve.engine.loader import Loader, Reader, delta_sizes
 from deltaserve.engine.memory import out_of_memory, plan_memory, relieve
-from deltaserve.engine.model import (
-    KVCache,
-    load_base,
-    make_delta_aware,
-    widest_projection,
-)
+from deltaserve.engine.model import KVCache, make_delta_aware, widest_projection
 from deltaserve.engine.observe import StepCounters, copy_table
 from deltaserve.engine.operands import OperandMaker
 from deltaserve.engine.parts import Parts
@@ -43,13 +34,7 @@ from deltaserve.engine.scheduler import Scheduler, StepPlan
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.types import EngineRequest, EngineStats, FinishReason, ModelInfo, TokenEvent
 from deltaserve.engine.versions import DeltaVersion
-from deltaserve.errors import (
-    ArtifactError,
-    ConfigError,
-    DeltaServeError,
-    QueueFullError,
-    RequestError,
-)
+from deltaserve.errors import ArtifactError, DeltaServeError, QueueFullError, RequestError
 from deltaserve.kernels.attention.batch import span_of
 from deltaserve.kernels.delta_matmul.crossover import dense_rows
 
@@ -68,35 +53,30 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         """Load base and deltas. Raises DeltaServeError for whatever the user must mend."""
         self.config = config
-        base = Checkpoint.open(config.base)
-        family_of(base.architecture)
-        model_config: Any = base.hf_config
-        device, dtype = _device(config), _dtype(config, base)
-        digest = checkpoint_digest(base)
-        model = load_base(base, dtype, device)
+        self.base = base = Base.load(config)
+        model_config, dtype, device = base.config, base.dtype, base.device
         memory = plan_memory(config, model_config, dtype, device, delta_sizes(config))
         self.max_model_len = memory.max_model_len
         step = StepContext()
-        modules = make_delta_aware(model, base.architecture, step)
+        modules = make_delta_aware(base.model, base.checkpoint.architecture, step)
         # One block more: steps of a fixed shape write their padding there.
         num_slots = (memory.num_blocks + 1) * config.block_size
         kv = KVCache(model_config, num_slots, dtype, device)
-        self.base = base
         vocab_size = model_config.vocab_size
         arena = reserve(memory.limits.device_bytes, device)
         self.residency = Residency(
             Parts(
-                Reader(digest),
-                OperandMaker(base, modules, vocab_size, dtype, device, arena),
+                Reader(base.digest),
+                OperandMaker(base.checkpoint, modules, vocab_size, dtype, device, arena),
                 Prober(),
                 Loader(config.load_timeout_s),
-                base_version(config.served_model_name, base, digest, vocab_size),
+                base_version(config.served_model_name, base, vocab_size),
             ),
             memory.limits,
         )
         runner = DeterministicRunner if config.deterministic else Runner
         self.runner = runner(
-            model,
+            base.model,
             step,
             kv,
             block_size=config.block_size,
@@ -380,19 +360,6 @@ class Engine:
 
     def _vocabulary(self, version: DeltaVersion) -> Vocabulary:
         """Where the tokens are spelled that a model's grammars are written in."""
-        own, base = Path(version.path), self.base.path
+        own, base = Path(version.path), self.base.checkpoint.path
         directories = (base,) if own == base else (own, base)
         return Vocabulary(version.name, version.digest, directories, version.needs.vocab_size)
-
-
-def _device(config: EngineConfig) -> str:
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise ConfigError("device cuda was asked for, but torch sees no CUDA device here")
-    return "cuda" if available and config.device != "cpu" else "cpu"
-
-
-def _dtype(config: EngineConfig, base: Checkpoint) -> torch.dtype:
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
-    return base.dtype(base.embedding) if base.embedding else torch.float32

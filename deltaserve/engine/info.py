@@ -4,33 +4,30 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from deltaserve.artifact.checkpoint import Checkpoint
+from deltaserve.engine.base import Base
 from deltaserve.engine.operands import Needs
 from deltaserve.engine.residency import Residency
 from deltaserve.engine.types import ModelInfo, ResidencyStats
 from deltaserve.engine.versions import Catalogue, DeltaVersion, State
 
 
-def base_version(name: str, base: Checkpoint, digest: str, vocab_size: int) -> DeltaVersion:
+def base_version(name: str, base: Base, vocab_size: int) -> DeltaVersion:
     """The base as requests are bound to it: always there, in slot 0, and free of charge."""
     needs = Needs(0, 0, 0, 0, vocab_size)
-    return DeltaVersion(
-        name, 1, str(base.path), digest, needs, state=State.READY, pinned=True, slot=0
-    )
+    path = str(base.checkpoint.path)
+    return DeltaVersion(name, 1, path, base.digest, needs, state=State.READY, pinned=True, slot=0)
 
 
-def model_infos(
-    checkpoint: Checkpoint, base: DeltaVersion, catalogue: Catalogue
-) -> list[ModelInfo]:
+def model_infos(loaded: Base, base: DeltaVersion, catalogue: Catalogue) -> list[ModelInfo]:
     """The base first, then the deltas by name, then those that drain and have no name any more."""
     first = ModelInfo(
         name=base.name,
         path=base.path,
         parent=None,
         digest=base.digest,
-        full_bytes=checkpoint.num_bytes,
-        resident_bytes=checkpoint.num_bytes,
-        disk_bytes=checkpoint.num_bytes,
+        full_bytes=loaded.checkpoint.num_bytes,
+        resident_bytes=loaded.num_bytes,
+        disk_bytes=loaded.checkpoint.num_bytes,
         vocab_size=base.needs.vocab_size,
         pinned=True,
     )

@@ -62,9 +62,11 @@ def plan_memory(
     _require_room(kv, deltas, budget, free)
     num_blocks = min(kv, useful) // block_bytes
     length = _fitting_len(config, wanted_len, num_blocks, block_bytes, kv)
-    merge = 0 if device == "cuda" or config.deterministic else int(free * CPU_SHARE)
-    # Merged weights round differently, and when they come depends on what others ask.
-    merge = 0 if config.deterministic else _given(config.merge_memory_bytes, merge)
+    # Merged weights round differently, and when they come depends on what others ask; and with a
+    # quantised base they would be the whole of it again.
+    packed = config.deterministic or config.quantization != "none"
+    chosen = 0 if device == "cuda" else int(free * CPU_SHARE)
+    merge = 0 if packed else _given(config.merge_memory_bytes, chosen)
     host = int(free_memory("cpu") * CPU_SHARE / (1 if device == "cuda" else 2))
     limits = Limits(
         deltas,

@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging
 
 from deltaserve.artifact.checkpoint import Checkpoint
+from deltaserve.config import Quantization
 from deltaserve.engine.families import family_of
 from deltaserve.engine.layers import (
     DeltaEmbedding,
@@ -18,6 +19,7 @@ from deltaserve.engine.layers import (
     DeltaNorm,
 )
 from deltaserve.engine.projections import DeltaModule, ProjectionPart, Wrapper, part_of, share
+from deltaserve.engine.quantisation import quantise
 from deltaserve.engine.routing import StepContext
 from deltaserve.errors import CheckpointError
 from deltaserve.kernels.attention import PagedBatch, paged_attention, write_kv
@@ -51,10 +53,13 @@ def head_dim(config: Any) -> int:
     return int(own or config.hidden_size // config.num_attention_heads)
 
 
-def load_base(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> nn.Module:
+def load_base(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str, quantization: Quantization = "none"
+) -> nn.Module:
     """The checkpoint as a Hugging Face model in eval mode with our attention plugged in.
 
-    Raises UnsupportedModelError for other architectures, CheckpointError if it cannot load.
+    Raises UnsupportedModelError for other architectures, CheckpointError if it cannot load,
+    ConfigError if it cannot be quantised.
     """
     family_of(checkpoint.architecture)
     logging.disable_progress_bar()  # a bar on stderr would stand before an error's one line
@@ -62,6 +67,8 @@ def load_base(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> nn.Mod
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path} cannot be loaded: {error}") from error
+    if quantization != "none":
+        quantise(model, quantization, dtype, device)
     return plug_in(model, device)
 
 
