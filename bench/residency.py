@@ -105,7 +105,7 @@ def slow_disk(models: PeerModels, rounds: int, tokens: int) -> dict[str, Any]:
     which shows what the machine itself varies. The base decodes: its short steps hide least."""
     engine = _engine(models, 1)
     reader = cast(Reader, engine.residency.source)
-    size = engine.residency.current("m0").needs.image_bytes
+    size = (models.deltas[1] / "delta.safetensors").stat().st_size
     quiet: list[float] = []
     loading: list[float] = []
     control: list[float] = []

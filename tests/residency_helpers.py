@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,15 +63,21 @@ class FakeOperands:
     def detach_merged(self, slot: int) -> None:
         self.layers.pop(slot, None)
 
+    @cached_property
+    def tensors(self) -> list[torch.Tensor]:
+        return [torch.empty(self.size, dtype=torch.uint8)]
+
     def bytes_shared_with(self, tensors: list[torch.Tensor]) -> int:
-        return 0
+        return self.size if tensors is self.tensors else 0
 
 
 @dataclass(eq=False)
 class FakeParts:
-    """Source, maker and gauge in one. bad: paths that cannot be read."""
+    """Source, maker and gauge in one. bad: paths that cannot be read. one_memory: operands of the
+    host are those of the device, as on a CPU."""
 
     bad: set[str] = field(default_factory=set)
+    one_memory: bool = False
     layers: dict[int, FakeOperands] = field(default_factory=dict)
 
     def open(self, path: str) -> Any:
@@ -92,8 +99,14 @@ class FakeParts:
     def copy(self, operands: Any) -> Any:
         raise AssertionError("operands are not copied here")
 
+    def stage(self, delta: Any) -> Any:
+        return self.make(delta) if self.one_memory else delta
+
+    def ready(self, image: Any) -> Any:
+        return image if isinstance(image, FakeOperands) else None
+
     def make(self, delta: Any) -> Any:
-        return FakeOperands(int(delta.path.name), self.layers)
+        return self.ready(delta) or FakeOperands(int(delta.path.name), self.layers)
 
     def merge(self, delta: Any) -> Any:
         return FakeOperands(4 * int(delta.path.name), {})

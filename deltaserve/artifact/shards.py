@@ -48,6 +48,10 @@ class ShardSet:
                 f"{path} is truncated or not a safetensors file ({cause}); copy it again"
             ) from None
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.size(name) for name in self._meta)
+
     def names(self) -> list[str]:
         return sorted(self._meta)
 

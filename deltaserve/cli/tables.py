@@ -13,14 +13,13 @@ from deltaserve.artifact.manifest import KINDS, Manifest, TensorEntry
 from deltaserve.artifact.quality import Quality, TextRef
 from deltaserve.artifact.reader import Delta
 from deltaserve.compress.choose import Chosen
-from deltaserve.compress.diff import ParameterDiff
 
 PLAIN_WIDTH = 140
 
 
 def print_summary(chosen: Chosen, out: Path) -> None:
     """After ``compress``: sizes by class, the verdict if there is one, what to do next."""
-    console, manifest = _console(), chosen.manifest
+    console, manifest = make_console(), chosen.manifest
     console.print(_sizes(manifest))
     console.print(_ratios(manifest))
     if chosen.note:
@@ -51,12 +50,12 @@ def print_candidates(chosen: Chosen) -> None:
                 "yes" if each == chosen.picks.get(name) else "",
             )
         table.add_section()
-    _console().print(table)
+    make_console().print(table)
 
 
 def print_delta(delta: Delta, *, verified: bool) -> None:
     """The whole manifest."""
-    console, manifest = _console(), delta.manifest
+    console, manifest = make_console(), delta.manifest
     facts = {
         "delta": str(delta.path),
         "digest": manifest.digest + (" (verified)" if verified else ""),
@@ -79,7 +78,7 @@ def print_delta(delta: Delta, *, verified: bool) -> None:
 
 def print_quality(quality: Quality) -> None:
     """After ``verify``: what was measured, and the verdict in one line."""
-    console = _console()
+    console = make_console()
     console.print(_quality(quality))
     console.print(verdict(quality))
 
@@ -94,31 +93,7 @@ def verdict(quality: Quality) -> str:
     return f"{words if quality.passed else 'MISSED'}: {kl}, {agreement}"
 
 
-def print_diff(found: list[ParameterDiff]) -> None:
-    """Every changed parameter, and how many did not change."""
-    table = Table(title="changed parameters", title_justify="left")
-    table.add_column("parameter", overflow="fold")
-    table.add_column("shape", no_wrap=True)
-    for column in ("equal values", "rows changed", "norm", "of base", "eff. rank", "rank 90%"):
-        table.add_column(column, justify="right")
-    changed = [each for each in found if each.unchanged < 1]
-    for each in changed:
-        table.add_row(
-            each.name,
-            "x".join(map(str, each.shape)) or "scalar",
-            f"{each.unchanged:.1%}",
-            f"{each.rows:.1%}",
-            f"{each.norm:.4g}",
-            f"{each.relative:.2%}",
-            f"{each.effective_rank:.1f}" if each.effective_rank else "-",
-            str(each.energy_rank or "-"),
-        )
-    console = _console()
-    console.print(table)
-    console.print(f"{len(found) - len(changed)} of {len(found)} parameters are unchanged")
-
-
-def _console() -> Console:
+def make_console() -> Console:
     console = Console(highlight=False)
     # A pipe has no width; rich would cut names at 80 columns.
     return console if console.is_terminal else Console(width=PLAIN_WIDTH, highlight=False)

@@ -31,8 +31,14 @@ logger = logging.getLogger(__name__)
 
 WHITESPACE = r"[ \n\r\t]{0,16}"
 """Between the parts of JSON. Bounded, because some models would write nothing else."""
-MAX_COMPILED = 128
-"""Grammars that stay compiled for the next request."""
+MAX_COMPILED = 16
+"""Grammars that stay compiled for the next request. A hostile one holds up to 50 MB."""
+FIRST_FUEL, STEP_FUEL, LEXER_STATES = 600_000, 50_000, 50_000
+"""What a grammar may cost, in llguidance's units: the first mask about 0.1 s, each further one some
+milliseconds, all of them 50 MB. Ordinary grammars need a hundredth; 1000 long choices a half."""
+MAX_FORCED = 256
+"""Bytes that a grammar leaves no choice about and that are encoded at once. There may be
+millions, which would be encoded anew for each token while all other requests wait."""
 WAIT_SECONDS = 0.005
 
 
@@ -155,6 +161,7 @@ class _Tokens:
         self._longest = max(map(len, self._id_of), default=0)
 
     def __call__(self, text: bytes) -> list[int]:
+        text = text[:MAX_FORCED]
         found = self._encode(text.decode(errors="replace"))
         spelled = b"".join(self.tokens[token] for token in found)
         if spelled == text and self._special.isdisjoint(found):
@@ -235,7 +242,15 @@ class Compiler:
     def _compile(self, grammar: Grammar, vocabulary: Vocabulary) -> LLMatcher:
         with self._lock:  # each vocabulary once
             tokenizer = self._shared(vocabulary).ll
-        inner: LLMatcher = _llguidance().LLMatcher(tokenizer, _source(grammar), log_level=0)
+        ll = _llguidance()
+        limits = ll.LLParserLimits(
+            initial_lexer_fuel=FIRST_FUEL,
+            step_lexer_fuel=STEP_FUEL,
+            max_lexer_states=LEXER_STATES,
+        )
+        inner: LLMatcher = ll.LLMatcher(tokenizer, _source(grammar), log_level=0, limits=limits)
+        # Most of the work is in the first mask, so it is done here and not while others wait.
+        inner.compute_bitmask()
         if inner.is_error():
             raise _unusable(grammar, inner.get_error())
         return inner
@@ -286,8 +301,9 @@ class Preparing:
             except Exception as error:  # whatever a tokenizer's files hold, the others go on
                 if not isinstance(error, DeltaServeError):
                     logger.exception("a grammar could not be compiled")
-                name = seq.request.request_id
-                failed.append(TokenEvent(name, (), FinishReason.ERROR, str(error)))
+                wrong = isinstance(error, RequestError)
+                reason = FinishReason.REFUSED if wrong else FinishReason.ERROR
+                failed.append(TokenEvent(seq.request.request_id, (), reason, str(error)))
         return ready, failed
 
     def wait(self) -> None:

@@ -1,8 +1,7 @@
 """Deltas in host memory, so that a load needs no disk: the artifact's bytes, or operands as the
 device has them.
 
-On a CPU the operands of packed codecs *are* the artifact's bytes; while they are attached, only the
-rest counts here.
+On a CPU both are the same memory: while operands are attached, they do not count here.
 """
 
 from __future__ import annotations

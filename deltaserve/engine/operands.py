@@ -41,8 +41,8 @@ class Needs:
 
     device_bytes: its operands. step_bytes: those that a step with a row of it reads, which are
     all but an embedding, which is read by the row. merged_bytes: its projections as base + delta,
-    dense; 0 if none of them is packed. image_bytes: of the artifact. vocab_size: of the
-    fine-tune, which may have added tokens.
+    dense; 0 if none of them is packed. image_bytes: of what host memory keeps of it. vocab_size:
+    of the fine-tune, which may have added tokens.
     """
 
     device_bytes: int
@@ -160,8 +160,17 @@ class OperandMaker:
                 vocab_size = entries[0].shape[0]
             if _mergeable(layer, leaf, entries):
                 merged += layer.merged_bytes(entries)
-        image = sum(entry.bytes for entry in tensors.values())
+        image = sum(entry.bytes for entry in tensors.values()) if self.copies else total
         return Needs(total, step, merged, image, vocab_size)
+
+    def stage(self, delta: Delta) -> Image:
+        """What host memory keeps of an artifact: on a CPU operands, for they would be made anew
+        with each load, and the files are in the system's cache as they are."""
+        return delta if self.copies else self.make(delta)
+
+    def ready(self, image: Image) -> Operands | None:
+        """Operands that lie where the layers read them."""
+        return image if isinstance(image, Operands) and not self.copies else None
 
     def make(self, image: Image) -> Operands:
         """All of a delta, packed where its codecs are applied packed.
@@ -169,12 +178,12 @@ class OperandMaker:
         What ``copy`` made is on its way when this returns, layer by layer; an artifact's is there.
         """
         if isinstance(image, Operands):
-            return self._upload(image)
+            return self.ready(image) or self._upload(image)
         return self._bind(image, image.names(), merge=False)
 
     @property
     def copies(self) -> bool:
-        """Whether operands are worth copying to the host: they are something else there."""
+        """Whether the device has a memory of its own, so that host memory gets copies."""
         return self._transfer.arena is not None
 
     def copy(self, operands: Operands) -> Operands:

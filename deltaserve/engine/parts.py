@@ -21,16 +21,21 @@ class Source(Protocol):
 
 
 class Maker(Protocol):
-    """What becomes of them. All but ``needs`` runs in a background thread.
+    """What becomes of them. All but ``needs`` and ``ready`` runs in a background thread.
 
     copies: whether host memory keeps what ``copy`` makes of operands, from which ``make`` is
-    faster than from the artifact.
+    faster than from the artifact. stage: what host memory keeps of an artifact. ready: operands
+    for which nothing is left to be done, or None.
     """
 
     @property
     def copies(self) -> bool: ...
 
     def needs(self, delta: Delta) -> Needs: ...
+
+    def stage(self, delta: Delta) -> Image: ...
+
+    def ready(self, image: Image) -> Operands | None: ...
 
     def make(self, image: Image) -> Operands: ...
 

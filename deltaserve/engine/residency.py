@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from deltaserve.artifact.reader import Delta
 from deltaserve.engine.demand import Demand
 from deltaserve.engine.device import DeviceTier
 from deltaserve.engine.eviction import GreedyDual
@@ -21,9 +20,9 @@ from deltaserve.engine.hosttier import HostTier
 from deltaserve.engine.limits import Counts, Limits, require_room
 from deltaserve.engine.loader import Done, Job
 from deltaserve.engine.merging import Merger
-from deltaserve.engine.operands import Image, Operands
+from deltaserve.engine.operands import Operands
 from deltaserve.engine.parts import Parts
-from deltaserve.engine.probe import Savings
+from deltaserve.engine.preparing import Prepared, Preparer
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.versions import Catalogue, DeltaVersion, State
 
@@ -34,8 +33,8 @@ class Residency:
     def __init__(
         self, parts: Parts, limits: Limits, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.source, self.maker, self.gauge = parts.source, parts.maker, parts.gauge
-        self.loader = parts.loader
+        self.source, self.maker, self.loader = parts.source, parts.maker, parts.loader
+        self._preparer = Preparer(parts.source, parts.maker, parts.gauge)
         self.base = parts.base
         self.clock = clock
         self.catalogue = Catalogue()
@@ -218,36 +217,41 @@ class Residency:
         for version in self.demand.in_order(now):
             if version.state is not State.REGISTERED:
                 continue
-            if self.loader.full:
-                break
             starved = self.demand.starved(version, now)
+            at_hand = self.maker.ready(version.image) if version.image else None
+            if self.loader.full and not at_hand:
+                if starved:  # those that need no thread would take what it waits for
+                    break
+                continue
             victims = self.device.room_for(version, self._victims(starved, now))
             if victims is not None:
                 for victim in victims:
                     self._evict(victim)
-                self._load(version)
+                self._load(version, at_hand)
             elif starved:  # nobody may take the room that it waits for
                 self.device.drain_for(version, now)
                 break
             elif version.image is None and self.host.start_staging(version):
-                self._submit("stage", version, partial(self.source.read, version))
+                self._submit("stage", version, self._preparer.stage)
         self.demand.next_plan()
         if not self.demand.any_starved(now):
             self._stop_draining()
 
-    def _load(self, version: DeltaVersion) -> None:
-        def work() -> tuple[Image, Operands, Savings | None]:
-            image = version.image or self.source.read(version)
-            operands = self.maker.make(image)
-            mergeable = self.merger.could_hold(version)
-            return image, operands, self.gauge.savings(operands) if mergeable else None
-
+    def _load(self, version: DeltaVersion, at_hand: Operands | None) -> None:
         self.device.reserve(version, version.needs.device_bytes)
-        self._submit("load", version, work)
-
-    def _submit(self, kind: str, version: DeltaVersion, work: Callable[[], object]) -> None:
+        if not at_hand:
+            self._submit("load", version, self._preparer.load)
+            return
         version.state = State.LOADING
-        self.loader.submit(Job(kind, version), work)
+        self.catalogue.revision += 1
+        self._place(version, at_hand)
+
+    def _submit(
+        self, kind: str, version: DeltaVersion, work: Callable[[DeltaVersion, bool], Prepared]
+    ) -> None:
+        version.state = State.LOADING
+        mergeable = self.merger.could_hold(version)
+        self.loader.submit(Job(kind, version), partial(work, version, mergeable))
         self.catalogue.revision += 1
 
     def _take(self, done: Done) -> bool:
@@ -263,18 +267,23 @@ class Residency:
         if done.error is not None:
             self._fail(version, done.error)
             return False
-        if done.job.kind == "stage":
+        prepared: Prepared = done.result
+        version.savings = prepared.savings
+        if done.job.kind == "stage" or prepared.operands is None:
             version.state = State.REGISTERED
-            self.host.keep(version, done.result)
+            self.host.keep(version, prepared.image)
             return True
-        image, operands, savings = done.result
         version.load_seconds = done.seconds
         self.counts.load_seconds += done.seconds
-        self.device.place(version, operands)
-        self.host.keep(version, image)
-        if savings is not None:
-            self.merger.add(version, savings)
+        version.image = prepared.image
+        self._place(version, prepared.operands)
         return True
+
+    def _place(self, version: DeltaVersion, operands: Operands) -> None:
+        self.device.place(version, operands)
+        self.host.settle(version)
+        if version.savings is not None:
+            self.merger.add(version, version.savings)
 
     def _set_ready(self, version: DeltaVersion) -> None:
         version.state, version.ready_at = State.READY, self.clock()
@@ -379,14 +388,8 @@ class Residency:
         self._merge(version)
 
     def _merge(self, version: DeltaVersion) -> None:
-        def work() -> Operands:
-            image = version.image
-            return self.maker.merge(
-                image if isinstance(image, Delta) else self.source.read(version)
-            )
-
         self.merger.start(version)
-        self.loader.submit(Job("merge", version), work)
+        self.loader.submit(Job("merge", version), partial(self._preparer.merge, version))
 
     def _take_merged(self, version: DeltaVersion, done: Done) -> None:
         """What cannot be merged stays packed."""

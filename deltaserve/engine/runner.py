@@ -307,7 +307,9 @@ def _draw(seq: Sequence) -> Draw | None:
 
 def _mask_disallowed(logits_V: torch.Tensor, seq: Sequence, allowed_V: np.ndarray) -> None:
     if not allowed_V.any():
-        seq.failure = "the grammar allows no token of the model's vocabulary here"
+        seq.failure = (
+            "the grammar allows no token of the model's vocabulary here, or is too large to follow"
+        )
         return
     mask = to_device(torch.from_numpy(~allowed_V), logits_V.device)
     logits_V[: len(mask)].masked_fill_(mask, float("-inf"))

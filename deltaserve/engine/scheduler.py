@@ -22,6 +22,7 @@ from deltaserve.engine.kv import BlockPool, root_key
 from deltaserve.engine.observe import Phase, UsageCounters
 from deltaserve.engine.policy import Fcfs, Policy
 from deltaserve.engine.sequence import Sequence
+from deltaserve.engine.sharing import PATIENCE_S, over_share
 from deltaserve.engine.types import EngineRequest, FinishReason, TokenEvent
 from deltaserve.engine.waiting import WaitingQueue
 from deltaserve.errors import RequestError
@@ -136,6 +137,7 @@ class Scheduler:
     def plan(self) -> StepPlan:
         rows: list[Row] = []
         now = self.clock()
+        self._share(now)
         budget = self._continue(rows, self.max_num_batched_tokens, now)
         self._admit(rows, budget, now)
         return StepPlan(tuple(sorted(rows, key=lambda row: row.seq.slot)))
@@ -168,6 +170,36 @@ class Scheduler:
         """Drop a request wherever it is -> its last event; None when it is not here (any more)."""
         seq = self._live.get(request_id)
         return None if seq is None else self._end(seq, TokenEvent(request_id, (), reason, error))
+
+    def _share(self, now: float) -> None:
+        """Room for a tenant who waits and has less than his share, from one who has more: else
+        who holds all rows or blocks would keep others waiting until his answers end."""
+        first = self._next_in_line(now)
+        if first is None or first.first_since is None or now - first.first_since < PATIENCE_S:
+            return
+        if len(self.running) >= self.max_num_seqs:
+            found = over_share(self.running, first, self.policy, lambda _: 1, self.max_num_seqs)
+        elif not self._fit(first):
+            blocks, total = lambda seq: len(seq.blocks), self.pool.num_blocks
+            found = over_share(self.running, first, self.policy, blocks, total)
+        else:
+            return
+        if found and self._hold_delta(first, now):
+            self._preempt(max(found, key=self._precedence), now)
+
+    def _next_in_line(self, now: float) -> Sequence | None:
+        return next(
+            (
+                seq
+                for seq in self.waiting.in_order(now, set())
+                if not seq.waits_for_sibling(self.pool.block_size)
+            ),
+            None,
+        )
+
+    def _fit(self, seq: Sequence) -> bool:
+        """Would its blocks, none of them shared, and one more for each that runs?"""
+        return self.pool.blocks_for(seq.num_tokens) + len(self.running) <= self.pool.num_free
 
     def _continue(self, rows: list[Row], budget: int, now: float) -> int:
         """Rows of what runs, one token at least for each -> what is left of the budget."""

@@ -115,7 +115,7 @@ class Sequence:
         """Add a generated token; the reason why the sequence ends with it, if it does."""
         self.token_ids.append(token_id)
         if self.failure is not None:
-            return FinishReason.ERROR
+            return FinishReason.REFUSED
         if self.matcher is not None and self.matcher.is_finished:
             return FinishReason.STOP
         if token_id in self.request.sampling.stop_token_ids:

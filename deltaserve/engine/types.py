@@ -14,6 +14,8 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    REFUSED = "refused"
+    """What the request asks for cannot be done, as it turned out; not the engine's fault."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from deltaserve.errors import ConfigError, UnknownModelError
 if TYPE_CHECKING:
     from deltaserve.artifact.manifest import Manifest
     from deltaserve.engine.operands import Image, Needs, Operands
+    from deltaserve.engine.probe import Savings
 
 
 class State(StrEnum):
@@ -50,7 +51,8 @@ class DeltaVersion:
     them that run. wished: to be loaded although no request waits, as a new version is.
     asked: since when somebody waits for it. ready_at: a time of the clock. reserved: bytes of
     the device that are its own, from the start of its loading on. frequency, priority: see
-    ``eviction``. image: its bytes in host memory. merged: dense projections that took the place
+    ``eviction``. image: what host memory has of it. savings: what merging it saves, once it has
+    been measured. merged: dense projections that took the place
     of some operands.
     """
 
@@ -75,6 +77,7 @@ class DeltaVersion:
     frequency: int = 0
     priority: float = 0.0
     image: Image | None = field(default=None, repr=False)
+    savings: Savings | None = field(default=None, repr=False)
     operands: Operands | None = field(default=None, repr=False)
     merged: Operands | None = field(default=None, repr=False)
 

@@ -33,6 +33,7 @@ from deltaserve.server.routes_tokenize import Aliases, tokenize_router
 from deltaserve.server.routes_usage import metrics_router, usage_router
 from deltaserve.server.tokenizers import Tokenizers
 from deltaserve.server.traces import TraceRequests, Tracing
+from deltaserve.server.turns import Turns
 
 
 def create_app(
@@ -59,6 +60,7 @@ def create_app(
         redirect_slashes=False,
     )  # fmt: skip
     app.state.config = config
+    app.state.turns = Turns()
     service = Service(client, tokenizers, config, metrics, office)
     app.include_router(models_router(service, int(time.time())))
     app.include_router(health_router(client, drain, config))

@@ -114,7 +114,7 @@ class Generation:
 
         Raises:
             GenerationError, EngineDeadError: the engine failed.
-            ApiError: it took too long.
+            ApiError: it took too long; its grammar has no end.
         """
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         stream = merge([self._follow(choice) for choice in self._choices])
@@ -184,10 +184,13 @@ class Generation:
             self._client.abort(request_id)
 
     def _take(self, choice: Choice, event: TokenEvent) -> Piece:
-        """Raises GenerationError, EngineDeadError."""
+        """Raises GenerationError, EngineDeadError, ApiError."""
         if event.finish_reason is not None:
             self._open.discard(choice.request.request_id)
         choice.num_cached = max(choice.num_cached, event.num_cached)
+        if event.finish_reason is FinishReason.REFUSED:
+            # Paid for: else a grammar without an end would buy answers for nothing.
+            raise ApiError(400, event.error or "this cannot be generated")
         if event.finish_reason is FinishReason.ERROR:
             self._failed = True
             reason = event.error or "the engine failed on this request"

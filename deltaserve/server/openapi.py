@@ -50,6 +50,23 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "get /metrics": (TEXT,),
 }
 """Kinds of answers, where they are not just JSON."""
+REFUSALS = {
+    "400": "The address or the body is wrong: the message says how",
+    "401": "No key, or a wrong one",
+    "403": "Not with this key",
+    "404": "There is no such model, tenant, key or delta",
+    "408": "The body did not come in time",
+    "409": "It contradicts what is there",
+    "413": "The body is too large",
+    "415": "The body is not JSON",
+    "429": "A limit is reached: retry-after says for how long",
+    "500": "The engine failed on this request",
+    "503": "The server starts, stops, or cannot serve this now",
+    "504": "The answer was not complete in time",
+}
+"""Beyond these no route answers with an error."""
+OF_BODIES = ("408", "413", "415", "500", "504")
+OF_KEYS = ("401", "403", "409")
 REF = "#/components/schemas/{model}"
 ERROR = {
     "type": "object",
@@ -89,10 +106,11 @@ def add_schema(app: FastAPI, *, locked: bool) -> None:
         schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for name, operation in operations.items():
         body = _body(name, schemas)
-        operation["responses"] = _responses(name, has_body=body is not None)
+        guarded = locked and is_guarded(name.partition(" ")[2])
+        operation["responses"] = _responses(name, body is not None, guarded)
         if body is not None:
             operation["requestBody"] = {"required": True, "content": {JSON: {"schema": body}}}
-        if locked and is_guarded(name.partition(" ")[2]):
+        if guarded:
             operation["security"] = [{"key": []}]
     app.openapi = lambda: schema  # type: ignore[method-assign]
 
@@ -109,13 +127,16 @@ def _body(name: str, schemas: dict[str, Any]) -> dict[str, Any] | None:
     return refs[0] if len(refs) == 1 else {"anyOf": refs}
 
 
-def _responses(name: str, *, has_body: bool) -> dict[str, Any]:
+def _responses(name: str, has_body: bool, guarded: bool) -> dict[str, Any]:
     kinds = {kind: "object" if kind == JSON else "string" for kind in ANSWERS.get(name, (JSON,))}
     content = {kind: {"schema": {"type": type_}} for kind, type_ in kinds.items()}
     refused = {JSON: {"schema": {"$ref": REF.format(model="Error")}}}
     status = "201" if name in CREATED else "200"
     responses: dict[str, Any] = {status: {"description": "Answer", "content": content}}
-    if has_body:
-        responses["400"] = {"description": "Refused: the message says why", "content": refused}
-    responses["default"] = {"description": "Error", "content": refused}
+    left_out = set() if has_body else {*OF_BODIES}
+    left_out |= set() if guarded else {*OF_KEYS}
+    left_out |= set() if guarded or has_body else {"429"}
+    for code, meaning in REFUSALS.items():
+        if code not in left_out:
+            responses[code] = {"description": meaning, "content": refused}
     return responses

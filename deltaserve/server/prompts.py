@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,13 +11,14 @@ from deltaserve.errors import RequestError
 from deltaserve.server.protocol import ChatRequest, GenerationRequest
 from deltaserve.server.requests import ServedModel, check_choices
 from deltaserve.server.sse import while_connected
+from deltaserve.server.turns import in_turn
 
 T = TypeVar("T")
 
 
 async def beside(request: Request, work: Callable[[], T]) -> T:
-    """Run in a thread; nobody waits for it when the client has gone."""
-    return await while_connected(request.receive, asyncio.to_thread(work))
+    """Run in a thread, in the tenant's turn; nobody waits for it when the client has gone."""
+    return await while_connected(request.receive, in_turn(request, work))
 
 
 def text_prompts(

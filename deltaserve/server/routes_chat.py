@@ -11,7 +11,8 @@ from deltaserve.errors import RequestError
 from deltaserve.server.chat import ChatShape
 from deltaserve.server.prompts import beside, chat_prompt
 from deltaserve.server.protocol import ChatRequest
-from deltaserve.server.requests import ServedModel, Service, check_prompt, read_request
+from deltaserve.server.reading import read_request
+from deltaserve.server.requests import ServedModel, Service, check_prompt
 from deltaserve.server.respond import respond
 from deltaserve.server.tools.choose import PARSERS
 from deltaserve.server.tools.events import ToolParser

@@ -11,7 +11,8 @@ from deltaserve.server.generate import Piece
 from deltaserve.server.logprobs import answer_ids, of_completion, of_prompt
 from deltaserve.server.prompts import beside, text_prompts
 from deltaserve.server.protocol import CompletionRequest
-from deltaserve.server.requests import Service, check_prompt, read_request
+from deltaserve.server.reading import read_request
+from deltaserve.server.requests import Service, check_prompt
 from deltaserve.server.respond import respond
 from deltaserve.server.tokenizers import ModelTokenizer
 

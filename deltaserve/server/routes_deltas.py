@@ -12,7 +12,7 @@ from deltaserve.errors import RequestError
 from deltaserve.server.auth import ADMIN
 from deltaserve.server.deltas import Deltas
 from deltaserve.server.errors import json_response
-from deltaserve.server.requests import read_object
+from deltaserve.server.reading import read_object
 from deltaserve.tenancy.accounts import Accounts
 from deltaserve.tenancy.tenants import validate
 

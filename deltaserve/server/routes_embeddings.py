@@ -14,7 +14,8 @@ from fastapi import APIRouter, Request, Response
 from deltaserve.server.bodies import EmbeddingRequest
 from deltaserve.server.errors import json_response
 from deltaserve.server.prompts import beside, text_prompts
-from deltaserve.server.requests import Service, check_prompt, read_request
+from deltaserve.server.reading import read_request
+from deltaserve.server.requests import Service, check_prompt
 from deltaserve.server.respond import collect
 from deltaserve.server.sse import while_connected
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from deltaserve.errors import RequestError
 from deltaserve.server.auth import ADMIN
 from deltaserve.server.errors import json_response
-from deltaserve.server.requests import read_object
+from deltaserve.server.reading import read_object
 from deltaserve.tenancy import audit
 from deltaserve.tenancy.accounts import Accounts
 from deltaserve.tenancy.keys import Key

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in vLLM's shapes
+"""POST /tokenize and /detokenize, GET /tokenizer_info, in vLLM's shapes
 
 They cost the server work and show a model's template, so they live under /v1, behind the key and
 the limits; ``Aliases`` lets vLLM's clients find them.
@@ -14,9 +14,10 @@ from deltaserve.server.bodies import DetokenizeRequest, TokenizeChat, TokenizeTe
 from deltaserve.server.errors import json_response
 from deltaserve.server.logprobs import token_text
 from deltaserve.server.prompts import beside
-from deltaserve.server.requests import Service, read_either, read_request
+from deltaserve.server.reading import read_either, read_request
+from deltaserve.server.requests import Service
 
-ALIASES = {"/tokenize": "/v1/tokenize", "/detokenize": "/v1/detokenize"}
+ALIASES = {path: f"/v1{path}" for path in ("/tokenize", "/detokenize", "/tokenizer_info")}
 
 
 class Aliases:
@@ -72,5 +73,12 @@ def tokenize_router(service: Service) -> APIRouter:
             request, lambda: model.tokenizer.decode(body.tokens, skip_special_tokens=False)
         )
         return json_response({"prompt": text})
+
+    @router.get("/v1/tokenizer_info")
+    async def tokenizer_info(request: Request, model: str | None = None) -> Response:
+        """The chat template, and which tokens begin and end a text: clients without the model's
+        files (lm-eval's remote tokenizer) make prompts with it."""
+        served = await service.model(request, model or service.default(request))
+        return json_response(served.tokenizer.about())
 
     return router

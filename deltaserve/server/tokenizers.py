@@ -63,6 +63,13 @@ class ModelTokenizer:
             self._backend.no_truncation()
             self._backend.no_padding()
 
+    def about(self) -> dict[str, Any]:
+        """What its configuration tells, in the names of tokenizer_config.json."""
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        tokens = {name: getattr(self._tokenizer, name) for name in names}
+        kind = type(self._tokenizer).__name__
+        return {"tokenizer_class": kind, **tokens, "chat_template": self._chat_template}
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with the special tokens that the model expects around it."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))

@@ -63,7 +63,7 @@ def pack(encs: Sequence[Encoded], dtype: torch.dtype) -> list[Encoded]:
     shape = (sum(matrix_shape(enc.shape)[0] for enc in encs), matrix_shape(encs[0].shape)[1])
     planes = []
     for plane in range(encs[0].params["planes"]):
-        codes = torch.cat([_codes(enc, plane) for enc in encs])
+        codes = _codes(encs, plane)
         tensors = {
             "packed": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, _INNER_TILES),
             "scales": torch.cat([_scales(enc, plane, size, dtype) for enc in encs], dim=1),
@@ -107,11 +107,14 @@ def _columns_per_scale(enc: Stored) -> int | None:
     return columns if size == 0 else math.gcd(size, columns)
 
 
-def _codes(enc: Encoded, plane: int) -> torch.Tensor:
-    """int32 [N, K], 0 .. 15."""
-    bits, columns = enc.params["bits"], matrix_shape(enc.shape)[1]
-    codes = unpack_bits(enc.tensors["codes"][plane], bits, columns).int()
-    return codes if bits == 4 else 2 * codes - (2**bits - 1) + 8
+def _codes(encs: Sequence[Encoded], plane: int) -> torch.Tensor:
+    """int32 [N, K], 0 .. 15, of all of them below each other."""
+    levels = []
+    for enc in encs:
+        bits, columns = enc.params["bits"], matrix_shape(enc.shape)[1]
+        codes = unpack_bits(enc.tensors["codes"][plane], bits, columns)
+        levels.append(codes if bits == 4 else codes.mul_(2).add_(9 - 2**bits))
+    return (torch.cat(levels) if len(levels) > 1 else levels[0]).int()
 
 
 def _scales(enc: Encoded, plane: int, size: int, dtype: torch.dtype) -> torch.Tensor:

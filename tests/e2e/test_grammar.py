@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -246,11 +248,11 @@ def test_what_cannot_be_compiled_or_spelled_ends_with_an_error(world: World) -> 
     ends = {}
     while engine.has_work():
         ends |= {e.request_id: e for e in engine.step() if e.finish_reason}
-    assert ends["broken"].finish_reason is FinishReason.ERROR
+    assert ends["broken"].finish_reason is FinishReason.REFUSED
     assert "not a usable regex" in (ends["broken"].error or "")
     assert ends["fine"].finish_reason is FinishReason.STOP
     if unspellable:
-        assert ends["foreign"].finish_reason is FinishReason.ERROR
+        assert ends["foreign"].finish_reason is FinishReason.REFUSED
         assert "no token of the model's vocabulary" in (ends["foreign"].error or "")
     assert engine.stats().kv_blocks_used == 0
 
@@ -357,3 +359,29 @@ def test_tokens_are_spelled_as_they_decode(world: World) -> None:
     for sample in ('{"a": [1, "x"]}', "add: hello", "reverse: it"):
         ids = tokenizer.encode(sample, add_special_tokens=False)
         assert b"".join(map(spelling.of, ids)).decode() == sample
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [Grammar("regex", "a{100000}"), Grammar("regex", "a{1000000}b"), Grammar("regex", "a{9999}|b"),
+     Grammar("regex", "((((a{0,100}){0,100}){0,100}){0,100})")],
+    ids=lambda grammar: grammar.text,
+)  # fmt: skip
+def test_no_grammar_makes_all_others_wait_or_fills_the_memory(world: World, grammar) -> None:
+    """What it leaves no choice about was encoded anew for each token: 80 ms for 100,000 letters."""
+    engine, before = world.engine, resident_bytes()
+    engine.add(ask(world, "hostile", BASE, grammar))
+    spent, end = [], None
+    while engine.has_work():
+        began = time.perf_counter()
+        end = next((e.finish_reason for e in engine.step() if e.finish_reason), end)
+        spent.append(time.perf_counter() - began)
+    assert end not in (None, FinishReason.ERROR)
+    assert max(spent) < 0.5
+    assert statistics.median(spent) < 0.04
+    assert resident_bytes() - before < 150 * 2**20
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,37 +19,28 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltaserve.compress.plan import make_plan
 from deltaserve.compress.run import compress
-from deltaserve.demo.tokenizer import build_tokenizer
 from deltaserve.tenancy.keys import digest
-from tests.families import COMMON, make_fine_tune
+from tests.families import make_fine_tune
 from tests.process_helpers import engine_of, wait_until
+from tests.tenancy_server import ACME, ADMIN, GLOBEX, PROMPT, Serving, make_base
 
-ADMIN, ACME, GLOBEX = "admin-secret", "sk-acme", "sk-globex"
 TENANTS = {
     "tenants": [
         {"id": "acme", "models": ["acme/*", "base"], "keys": [{"sha256": digest(ACME)}]},
         {"id": "globex", "models": ["globex/*"], "keys": [{"sha256": digest(GLOBEX)}]},
     ]
 }
-PROMPT = "reverse: abc"
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and in deltas/ three of it, a damaged one, and one of another base."""
     root = tmp_path_factory.mktemp("tenancy")
-    tokenizer = build_tokenizer()
-    config = AutoConfig.for_model("llama", **{**COMMON, "vocab_size": len(tokenizer)})
     for seed, name in enumerate(("base", "other-base")):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+        make_base(root / name, seed)
     for seed, name in enumerate(("one", "two", "three"), start=1):
         make_fine_tune(root / "base", root / name, seed=seed)
         compress(root / "base", root / name, root / "deltas" / name, make_plan(codec="raw"))
@@ -65,55 +53,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-class Serving:
-    def __init__(self, files: Path) -> None:
-        self.files = files
-        self.start()
-
-    def start(self, engine: str = "--no-engine-process") -> None:
-        command = [sys.executable, "-m", "deltaserve", "serve", str(self.files / "base")]
-        command += ["--port", "0", "--device", "cpu", "--kv-cache-memory-bytes", str(1 << 24)]
-        command += ["--tenants", str(self.files / "tenants.yaml")]
-        command += ["--state-dir", str(self.files / "state")]
-        command += ["--delta-root", str(self.files / "deltas"), engine]
-        environment = {**os.environ, "DELTASERVE_ADMIN_KEY": ADMIN}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if ready := re.match(r"DeltaServe ready at (http://\S+)", line):
-                self.url = ready[1]
-                return
-        raise AssertionError(f"the server ended with {self.process.wait()}")
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def admin(self, method: str, path: str, status: int = 200, **more: object) -> dict:
-        headers = {"authorization": f"Bearer {ADMIN}"}
-        answer = httpx.request(method, self.url + path, headers=headers, timeout=60, **more)
-        assert answer.status_code == status, answer.text
-        return answer.json()
-
-    def client(self, key: str) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
-
-    def answer(self, key: str, model: str) -> str:
-        with self.client(key) as client:
-            return (
-                client.completions.create(model=model, prompt=PROMPT, max_tokens=12, temperature=0)
-                .choices[0]
-                .text
-            )
-
-
 @pytest.fixture(scope="module")
 def serving(files: Path) -> Iterator[Serving]:
     serving = Serving(files)
     yield serving
-    if serving.process.poll() is None:
-        serving.process.terminate()
-        assert serving.process.wait(30) == 0
+    serving.stop()
 
 
 @pytest.fixture(scope="module")

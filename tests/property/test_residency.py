@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from deltaserve.engine.limits import Limits
 from deltaserve.errors import ConfigError, UnknownModelError
-from tests.residency_helpers import Bench
+from tests.residency_helpers import Bench, FakeParts
 
 NAMES = "abcdef"
 name = st.sampled_from(NAMES)
@@ -84,11 +84,12 @@ def settle(bench: Bench) -> None:
     sizes=st.lists(size, min_size=6, max_size=6),
     actions=st.lists(action, min_size=40, max_size=150),
     host=st.sampled_from([0, 60, 500]),
+    one_memory=st.booleans(),
 )
 def test_memory_holds_and_every_request_ends(
-    sizes: list[int], actions: list[tuple], host: int
+    sizes: list[int], actions: list[tuple], host: int, one_memory: bool
 ) -> None:
-    bench = Bench(replace(LIMITS, host_bytes=host))
+    bench = Bench(replace(LIMITS, host_bytes=host), parts=FakeParts(one_memory=one_memory))
     for name, first in zip(NAMES, sizes, strict=True):
         bench.residency.register(name, f"/{name}/{first}", load=False)
     for what in actions:

@@ -96,7 +96,10 @@ def test_a_job_that_ends_after_it_was_given_up_is_dropped() -> None:
     loader.close()
 
 
-def test_closing_stops_idle_threads_and_drops_what_waits(stuck: Callable[[], object]) -> None:
+def test_closing_stops_idle_threads_and_drops_what_waits(
+    stuck: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltaserve.engine.loader.CLOSE_S", 0.1)
     loader = Loader()
     ran: list[str] = []
     for i in range(THREADS):
@@ -105,6 +108,20 @@ def test_closing_stops_idle_threads_and_drops_what_waits(stuck: Callable[[], obj
     loader.close()
     time.sleep(0.05)
     assert ran == []
+
+
+def test_closing_waits_for_a_job_that_computes() -> None:
+    loader = Loader()
+    ended = []
+
+    def work() -> None:
+        time.sleep(0.3)
+        ended.append(True)
+
+    loader.submit(job("computes"), work)
+    time.sleep(0.1)  # a thread has taken it
+    loader.close()
+    assert ended
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setscheduler"), reason="Linux only")

@@ -8,7 +8,7 @@ from deltaserve.engine.limits import Limits
 from deltaserve.engine.probe import Savings
 from deltaserve.engine.versions import State
 from deltaserve.errors import ConfigError
-from tests.residency_helpers import Bench
+from tests.residency_helpers import Bench, FakeParts
 
 LIMITS = Limits(100, 0, attach_s=1.0)
 
@@ -113,6 +113,30 @@ def test_while_the_device_is_full_files_are_read_ahead() -> None:
         turn(bench, 0.05)
     version = bench.residency.current("c")
     assert (version.state, version.tier) == (State.REGISTERED, "host")
+
+
+def test_in_one_memory_a_delta_comes_back_without_a_job() -> None:
+    limits = Limits(100, 1000, attach_s=1.0)
+    bench = Bench(limits, parts=FakeParts(one_memory=True))
+    for name in ("a", "b", "c"):
+        bench.residency.register(name, f"/{name}/40", load=False)
+    for name in ("a", "b"):
+        bench.request(name)
+    load(bench)
+    for seq in list(bench.running):
+        bench.end(seq)
+    bench.request("c")
+    for _ in range(4):
+        turn(bench, limits.min_residency_s)
+    evicted = next(n for n in ("a", "b") if state(bench, n) is State.REGISTERED)
+    bench.end(bench.running[0])
+    bench.clock.now += limits.min_residency_s
+    bench.request(evicted)
+    for _ in range(2):  # a turn decides, the next attaches
+        bench.step()
+        bench.check()
+    assert not bench.loader.jobs
+    assert state(bench, evicted) is State.READY
 
 
 def test_pins_leave_room_for_the_others() -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -57,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, body: bool) -> None:
         store, asked = self.server, self.headers.get("range")
         store.asked.append((self.command, self.path, asked))
-        data = store.files.get(self.path)
+        data = store.files.get(unquote(self.path))
         if store.redirect is not None:
             self.send_response(302)
             self.send_header("location", store.redirect)
@@ -190,14 +191,31 @@ def with_s3(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
 
 
-def test_an_object_stores_delta(store, tmp_path, monkeypatch):
-    with_s3(monkeypatch, store)
+def with_gs(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+    pytest.importorskip("obstore")
+    monkeypatch.setenv("GOOGLE_BASE_URL", store.url)
+    monkeypatch.setenv("GOOGLE_ALLOW_HTTP", "true")
+    monkeypatch.setenv("GOOGLE_SKIP_SIGNATURE", "true")
+
+
+def with_az(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+    pytest.importorskip("obstore")
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", store.url)
+    monkeypatch.setenv("AZURE_ALLOW_HTTP", "true")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+
+
+@pytest.mark.parametrize(("scheme", "use"), [("s3", with_s3), ("gs", with_gs), ("az", with_az)])
+def test_an_object_stores_delta(store, tmp_path, monkeypatch, scheme, use):
+    use(monkeypatch, store)
     store.put("bucket/team/sql")
-    sources = Sources(Roots([]), tmp_path / "hub", objects=make(tmp_path / "o", "s3://bucket/team"))
-    folder = sources.fetch("s3://bucket/team/sql")
+    prefix = f"{scheme}://bucket/team"
+    sources = Sources(Roots([]), tmp_path / "hub", objects=make(tmp_path / "o", prefix))
+    folder = sources.fetch(f"{prefix}/sql")
     assert (folder / "delta.safetensors").read_bytes() == WEIGHTS
     with pytest.raises(RequestError, match=r"no delta\.json"):
-        sources.fetch("s3://bucket/team/none")
+        sources.fetch(f"{prefix}/none")
 
 
 def test_a_new_version_at_the_same_address_does_not_touch_the_old_one(store, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from fake_engine import KEY, FakeEngine
 from test_bad_requests import CHAT, COMPLETION, COMPLETIONS, CONVERSATION, refused
 from test_openai_client import scripted
+from tiny_tokenizer import TEMPLATE
 
 from deltaserve.engine.types import FinishReason, TokenEvent
 
@@ -34,8 +35,17 @@ def test_a_conversation_becomes_the_tokens_of_its_prompt(http, engine):
     assert without["count"] < answer["count"]
 
 
+@pytest.mark.parametrize(("model", "template"), [("chatty", TEMPLATE), (None, None)])
+def test_a_client_without_the_files_learns_what_prompts_are_made_of(http, model, template):
+    answer = http.get("/tokenizer_info", params=model and {"model": model}).json()
+    assert (answer["bos_token"], answer["eos_token"], answer["pad_token"]) == ("<s>", "</s>", None)
+    assert answer["chat_template"] == template
+    refused(http.get("/tokenizer_info", params={"model": "nope"}), 404)
+
+
 def test_tokenize_needs_the_key(locked_url, engine):
     with httpx.Client(base_url=locked_url) as http:
+        refused(http.get("/tokenizer_info"), 401)
         for path in ("/tokenize", "/detokenize"):
             refused(http.post(path, json={"prompt": "x"}), 401)
             right = {"authorization": f"Bearer {KEY}"}

@@ -57,6 +57,22 @@ def test_what_the_engine_failed_at_is_recorded_as_such(house, stream):
     assert house.eventually(1) == [("acme", "base", "error", 0, 0, 0)]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_whose_grammar_turns_out_to_have_no_end_are_refused_and_paid_for(house, stream):
+    def dead_end(request):
+        yield TokenEvent(request.request_id, (5,))
+        yield TokenEvent(request.request_id, (), FinishReason.REFUSED, "no token fits")
+
+    house.engine.script = dead_end
+    answer = house.complete(ACME, prompt=[5, 6], stream=stream)
+    if stream:
+        assert "no token fits" in answer.text
+        assert "[DONE]" not in answer.text
+    else:
+        assert error_of(answer, 400)["message"] == "no token fits"
+    assert house.eventually(1) == [("acme", "base", "cancelled", 2, 0, 1)]
+
+
 def test_what_the_engine_does_not_take_is_not_recorded(house):
     house.engine.dead = True
     assert house.complete(ACME, n=2).status_code == 503
