@@ -9,6 +9,8 @@ from functools import cached_property
 
 import torch
 
+from deltaserve.kernels.staging import to_device
+
 # Tokens of context per program of a decode row, and how many such programs at most.
 SPAN = 512
 MAX_SPANS = 16
@@ -135,4 +137,4 @@ class PagedBatch:
         return QueryBlocks(self._on_device(rows), self._on_device(firsts), longest)
 
     def _on_device(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.block_table_RB.device)
+        return to_device(torch.tensor(values, dtype=torch.int32), self.block_table_RB.device)
