@@ -19,6 +19,8 @@ from deltaserve.bench.pipeline_text import Corpus
 
 LENGTH, BATCH, ROWS = 1024, 8, 256
 """Tokens of a row, rows of a batch, and conversations that are tokenised and packed together."""
+TOGETHER = 64
+"""Conversations that Grain's maps get at a time; its packer then works piece by piece."""
 Batch = Mapping[str, Any]
 FIELDS = {"input_ids": np.int32, "loss_mask": np.uint8}
 PACKED = (*FIELDS, "position_ids", "segment_ids")
@@ -126,7 +128,8 @@ def streaming(corpus: Corpus, workers: int) -> Iterator[Batch]:
 
 
 def grain(corpus: Corpus, workers: int) -> Iterator[Batch]:
-    """Random access, threads (or processes), Grain's own best-fit packer."""
+    """Random access, lists of rows, Grain's own best-fit packer; threads, or processes that each
+    pack their part and hand over whole batches (mp_prefetch last, as its documentation has it)."""
     import grain.python as pygrain
     from grain.experimental import BestFitPackIterDataset, FlatMapIterDataset, FlatMapTransform
 
@@ -134,25 +137,28 @@ def grain(corpus: Corpus, workers: int) -> Iterator[Batch]:
     lines = corpus.chats.read_text().splitlines()
 
     class Cut(FlatMapTransform):
-        max_fan_out = 1000
+        max_fan_out = 100_000
 
-        def flat_map(self, row: Any) -> list[dict[str, np.ndarray]]:
-            return [dict(zip(FIELDS, piece, strict=True)) for piece in cut(*row)]
+        def flat_map(self, made: Any) -> list[dict[str, np.ndarray]]:
+            rows = zip(made["input_ids"], made["loss_mask"], strict=True)
+            return [dict(zip(FIELDS, piece, strict=True)) for row in rows for piece in cut(*row)]
 
-    def one(line: str) -> Any:
-        made = encode([json.loads(line)["messages"]])
-        return made["input_ids"][0], made["loss_mask"][0]
+    def together(some: Sequence[str]) -> Any:
+        return encode([json.loads(line)["messages"] for line in some])
 
-    data = pygrain.MapDataset.source(lines).repeat(None).map(one)
-    rows = data.to_iter_dataset(pygrain.ReadOptions(num_threads=2, prefetch_buffer_size=128))
-    if workers:
-        rows = rows.mp_prefetch(pygrain.MultiprocessingOptions(num_workers=workers))
+    data = pygrain.MapDataset.source(lines).repeat(None).batch(TOGETHER, batch_fn=list)
+    threads = 0 if workers else 1
+    rows = data.map(together).to_iter_dataset(
+        pygrain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    )
     packed = BestFitPackIterDataset(
         FlatMapIterDataset(rows, Cut()),
         length_struct=dict.fromkeys(FIELDS, LENGTH),
         num_packing_bins=128,
-    )
-    for batch in packed.batch(BATCH):
+    ).batch(BATCH)
+    if workers:
+        packed = packed.mp_prefetch(pygrain.MultiprocessingOptions(num_workers=workers))
+    for batch in packed:
         yield batch | {"segment_ids": batch["input_ids_segment_ids"]}
 
 

@@ -14,7 +14,12 @@ from deltaserve.bench.load.text import MEASURES, render
 
 MOST_ROWS = 500
 """Requests in the timeline; of more, evenly chosen ones are drawn, and the page says so."""
+MOST_GROUPS = 20
+"""Rows of a table of models or tenants."""
+MOST_ITEMS = 20
+"""Of a list in the environment and workload."""
 MOST_LINES = 16
+GROUP_HEAD = ("", "requests", "failed", "tokens/s", "TTFT p50", "TTFT p99", "TPOT p50", "E2E p99")
 WINDOWS = 30
 BAD = "var(--bad)"
 RESIDENCY = ("residency.", "tier=", "deltas", "lora")
@@ -31,12 +36,13 @@ body{font:15px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg);mar
 max-width:900px;padding:1.5rem}
 h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:2rem 0 .3rem}
 p{margin:.3rem 0;color:var(--dim)}
-svg{width:100%;height:auto}svg text{font-size:11px;fill:var(--dim)}svg .mid{text-anchor:middle}
+svg{width:100%;min-width:560px;height:auto}
+svg text{font-size:11px;fill:var(--dim)}svg .mid{text-anchor:middle}
 svg .end{text-anchor:end}svg .label{font-size:12px}svg polyline{stroke-width:1.6}
 svg .grid{stroke:var(--soft)}.legend span{margin-right:1rem;font-size:.85rem}
 .legend i{display:inline-block;width:.7rem;height:.7rem;margin-right:.3rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem}
-th,td{padding:.2rem .6rem;border-bottom:1px solid var(--soft);text-align:right}
+th,td{white-space:nowrap;padding:.2rem .6rem;border-bottom:1px solid var(--soft);text-align:right}
 th:first-child,td:first-child{text-align:left}.fail{color:var(--bad);font-weight:600}
 pre{font-size:.8rem;overflow-x:auto}
 """
@@ -90,8 +96,19 @@ def _sections(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Memory and open files of the server", _server_series(over_time, PROCESS)
     yield "Running and waiting in the server", _server_series(over_time, LOAD)
     yield "As text", f"<pre>{html.escape(render(result))}</pre>"
-    about = {name: result[name] for name in ("environment", "target", "workload")}
+    about = _short({name: result[name] for name in ("environment", "target", "workload")})
     yield "Environment and workload", f"<pre>{html.escape(json.dumps(about, indent=1))}</pre>"
+
+
+def _short(value: Any) -> Any:
+    """The same without the ends of long lists: a thousand models or tenants tell nobody more."""
+    if isinstance(value, Mapping):
+        return {key: _short(each) for key, each in value.items()}
+    if not isinstance(value, list | tuple):
+        return value
+    items = [_short(each) for each in value[:MOST_ITEMS]]
+    more = len(value) - len(items)
+    return [*items, f"... {more:,} more in the JSON"] if more else items
 
 
 def _thresholds(thresholds: Sequence[Mapping[str, Any]]) -> str:
@@ -119,24 +136,40 @@ def _latencies(summary: Mapping[str, Any]) -> str:
 
 
 def _groups(groups: Mapping[str, Any], slowdowns: Mapping[str, Any]) -> str:
-    head = ["", "requests", "failed", "tokens/s", "TTFT p50", "TTFT p99", "TPOT p50", "E2E p99"]
-    rows = []
-    for name, found in groups.items():
-        numbers = [
-            f"{1e3 * found[measure][which]:.1f}" if found[measure] else "-"
-            for measure, which in (
-                ("ttft", "p50"),
-                ("ttft", "p99"),
-                ("tpot", "p50"),
-                ("e2e", "p99"),
-            )
-        ]
-        ratio = slowdowns.get(name, {}).get("e2e_mean")
-        slow = [f"{ratio:.2f}x"] if ratio else []
-        output = f"{found['output_throughput']:.1f}"
-        rows.append([name, found["requests"], found["failed"], output, *numbers, *slow])
-    longest = max(map(len, rows), default=0)
-    return table(head + ["slowdown"] * (longest > len(head)), rows)
+    """A row for each of the busiest; the others are summed up in one."""
+    busiest = set(sorted(groups, key=lambda name: -groups[name]["requests"])[:MOST_GROUPS])
+    slow = any(slowdowns.get(name, {}).get("e2e_mean") for name in busiest)
+    rows = [
+        [name, *_group(found), *([_slowdown(slowdowns, name)] if slow else [])]
+        for name, found in groups.items()
+        if name in busiest
+    ]
+    rest = [found for name, found in groups.items() if name not in busiest]
+    note = ""
+    if rest:
+        requests, failed = (sum(each[key] for each in rest) for key in ("requests", "failed"))
+        output = sum(each["output_throughput"] for each in rest)
+        blank = [""] * (len(GROUP_HEAD) - 4 + slow)
+        rows.append([f"the other {len(rest):,}", requests, failed, f"{output:.1f}", *blank])
+        note = (
+            f"<p>The {MOST_GROUPS} with the most requests of {len(groups):,}; the others are "
+            "summed up. All are in the JSON. Latencies in milliseconds.</p>"
+        )
+    return note + table([*GROUP_HEAD, *["slowdown"] * slow], rows)
+
+
+def _group(found: Mapping[str, Any]) -> list[object]:
+    measures = (("ttft", "p50"), ("ttft", "p99"), ("tpot", "p50"), ("e2e", "p99"))
+    numbers = [
+        f"{1e3 * found[measure][which]:.1f}" if found[measure] else "-"
+        for measure, which in measures
+    ]
+    return [found["requests"], found["failed"], f"{found['output_throughput']:.1f}", *numbers]
+
+
+def _slowdown(slowdowns: Mapping[str, Any], name: str) -> str:
+    ratio = slowdowns.get(name, {}).get("e2e_mean")
+    return f"{ratio:.2f}x" if ratio else "-"
 
 
 def _timeline(result: Mapping[str, Any]) -> str:
@@ -175,7 +208,7 @@ def _latency_over_time(requests: Mapping[str, Any]) -> str:
         values = np.array([requests[end][i] for i in good]) - times
         chart = Chart(span(times), span(values), "seconds (scheduled)", f"{name}, seconds")
         thin = slice(None, None, max(1, len(good) // 1500))
-        chart.dots(list(zip(times[thin], values[thin], strict=True)), "var(--soft)", "requests")
+        chart.dots(list(zip(times[thin], values[thin], strict=True)), "var(--dim)", "requests")
         edges = np.linspace(times.min(), times.max() + 1e-9, WINDOWS + 1)
         which = np.digitize(times, edges) - 1
         filled = [w for w in range(WINDOWS) if (which == w).any()]

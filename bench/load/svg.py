@@ -67,9 +67,9 @@ class Chart:
         )
         return (
             f'<div class="legend">{legend}</div>'
-            f'<svg viewBox="0 0 {self.width} {self.height}" role="img" '
+            f'<div class="wide"><svg viewBox="0 0 {self.width} {self.height}" role="img" '
             f'aria-label="{html.escape(self.y_label)} by {html.escape(self.x_label)}">'
-            f"{self._axes()}{''.join(self.marks)}</svg>"
+            f"{self._axes()}{''.join(self.marks)}</svg></div>"
         )
 
     def _axes(self) -> str:
@@ -78,11 +78,11 @@ class Chart:
         for value in ticks(*self.x):
             x = self._x(value)
             parts.append(f'<line class="grid" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}"/>')
-            parts.append(f'<text x="{x:.1f}" y="{bottom + 14}" class="mid">{value:g}</text>')
+            parts.append(f'<text x="{x:.1f}" y="{bottom + 14}" class="mid">{_short(value)}</text>')
         for value in ticks(*self.y):
             y = self._y(value)
             parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
-            parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" class="end">{value:g}</text>')
+            parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" class="end">{_short(value)}</text>')
         parts.append(
             f'<text x="{(LEFT + right) / 2}" y="{self.height - 6}" class="mid label">'
             f"{html.escape(self.x_label)}</text>"
@@ -102,6 +102,14 @@ class Chart:
         low, high = self.y
         part = (value - low) / max(high - low, 1e-12)
         return self.height - BOTTOM - part * (self.height - TOP - BOTTOM)
+
+
+def _short(value: float) -> str:
+    """2.5G rather than 2.5e+09"""
+    for size, letter in ((1e9, "G"), (1e6, "M")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:

@@ -156,8 +156,6 @@ def _parse_all(
     for number, line in lines:
         try:
             row = parse(line)
-            if row.prompt_tokens < 0 or row.output_tokens < 0 or not math.isfinite(row.time):
-                raise ValueError("a value is negative or not finite")
         except (KeyError, TypeError, ValueError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else error
             raise ConfigError(f"{path}, line {number}: {what}") from error
@@ -184,30 +182,68 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]
         yield number, content
 
 
+def _number(line: Mapping[str, Any], column: str) -> float:
+    """Raises KeyError, or ValueError that names the column and what it should hold."""
+    value = line[column]
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{column} is {value!r}, but must be a number: mend or remove the line")
+    return number
+
+
+def _count(line: Mapping[str, Any], column: str) -> int:
+    number = _number(line, column)
+    if number < 0 or number != int(number):
+        raise ValueError(
+            f"{column} is {line[column]!r}, but must be a whole number of tokens, 0 or more: "
+            "mend or remove the line"
+        )
+    return int(number)
+
+
+def _stamp(line: Mapping[str, Any], column: str) -> float:
+    """Seconds of a date and time with seven decimals, one more than Python reads."""
+    value = line[column]
+    try:
+        whole, _, fraction = value.partition(".")
+        moment = datetime.datetime.fromisoformat(whole).replace(tzinfo=datetime.UTC)
+        return moment.timestamp() + float(f"0.{fraction.partition('+')[0] or '0'}")
+    except (AttributeError, ValueError):
+        raise ValueError(
+            f"{column} is {value!r}, but must be like 2023-11-16 18:17:03.9799600: "
+            "mend or remove the line"
+        ) from None
+
+
 def _azure(line: Mapping[str, Any]) -> Row:
-    # Seven decimals, one more than Python reads.
-    stamp, _, fraction = line["TIMESTAMP"].partition(".")
-    whole = datetime.datetime.fromisoformat(stamp).replace(tzinfo=datetime.UTC).timestamp()
-    digits = fraction.partition("+")[0] or "0"
     return Row(
-        whole + float(f"0.{digits}"), int(line["ContextTokens"]), int(line["GeneratedTokens"])
+        _stamp(line, "TIMESTAMP"), _count(line, "ContextTokens"), _count(line, "GeneratedTokens")
     )
 
 
 def _burstgpt(line: Mapping[str, Any]) -> Row:
     return Row(
-        float(line["Timestamp"]),
-        int(line["Request tokens"]),
-        int(line["Response tokens"]),
+        _number(line, "Timestamp"),
+        _count(line, "Request tokens"),
+        _count(line, "Response tokens"),
         line.get("Model"),
     )
 
 
 def _mooncake(line: Mapping[str, Any]) -> Row:
     return Row(
-        float(line["timestamp"]) / 1e3,
-        int(line["input_length"]),
-        int(line["output_length"]),
+        _number(line, "timestamp") / 1e3,
+        _count(line, "input_length"),
+        _count(line, "output_length"),
         line.get("model"),
-        tuple(int(block) for block in line.get("hash_ids", ())),
+        _blocks(line.get("hash_ids", [])),
     )
+
+
+def _blocks(ids: object) -> tuple[int, ...]:
+    if not isinstance(ids, list) or not all(type(block) is int for block in ids):
+        raise ValueError(f"hash_ids is {ids!r}, but must be a list of whole numbers")
+    return tuple(ids)

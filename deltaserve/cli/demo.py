@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,10 +37,6 @@ def run(
     them held-out prompts at once through the OpenAI client, and shows sizes, scores and
     speed. Exits with 1 if a delta lost quality or is too large.
     """
-    # Before torch is loaded, here and in the server: by default its threads spin while they
-    # wait for each other, which costs minutes when anything else wants one of the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
     from deltaserve.demo.showcase import run_demo
 
     with stop_on_sigterm():

@@ -10,6 +10,7 @@ import typer
 
 from deltaserve import __version__
 from deltaserve.errors import DeltaServeError
+from deltaserve.openmp import spin_briefly
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -36,6 +37,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def main() -> None:
+    spin_briefly()
     sys.exit(dispatch(sys.argv[1:]))
 
 

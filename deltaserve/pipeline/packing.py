@@ -128,11 +128,12 @@ def labelled(row: Row, name: str) -> tuple[np.ndarray, np.ndarray]:
     if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
         raise PipelineError(f"{name}, row {row.key[1:]}: input_ids is not a list of token ids")
     mask = row.value.get("loss_mask")
+    ids = ids.astype(np.int32, copy=False)
     if mask is None:
-        return ids.astype(np.int32), ids.astype(np.int32)
+        return ids, ids
     mask = np.asarray(mask)
     if mask.shape != ids.shape:
         raise PipelineError(
             f"{name}, row {row.key[1:]}: {len(ids)} tokens, but a loss mask for {len(mask)}"
         )
-    return ids.astype(np.int32), np.where(mask > 0, ids, IGNORED).astype(np.int32)
+    return ids, np.where(mask > 0, ids, np.int32(IGNORED))

@@ -58,7 +58,6 @@ class Tokenize:
             add_special_tokens=special,
             return_attention_mask=False,
             return_token_type_ids=False,
-            return_offsets_mapping=masked,
             truncation=self.max_length is not None,
             max_length=self.max_length,
             verbose=False,
@@ -68,7 +67,7 @@ class Tokenize:
             value = {k: v for k, v in row.value.items() if k not in (self.text, "spans")}
             value["input_ids"] = np.asarray(encoded["input_ids"][at], np.int32)
             if "spans" in row.value:
-                value["loss_mask"] = mask_of(row.value["spans"], encoded["offset_mapping"][at])
+                value["loss_mask"] = mask_of(row.value["spans"], encoded.encodings[at])
             out.append(Row(row.key, value))
         return out
 
@@ -76,11 +75,34 @@ class Tokenize:
         return "spans" not in row.value if self.special is None else self.special
 
 
-def mask_of(spans: list[tuple[int, int]], offsets: list[tuple[int, int]]) -> np.ndarray:
-    """uint8 [T]: 1 for tokens of which a character lies in a span."""
-    places = np.asarray(offsets, np.int64).reshape(-1, 2)
-    mask = np.zeros(len(places), np.uint8)
+def mask_of(spans: list[tuple[int, int]], encoding: Any) -> np.ndarray:
+    """uint8 [T]: 1 from the first to the last token of which a character lies in a span. Tokens
+    between them may have no characters (white space, where a tokenizer trims offsets).
+
+    encoding: a fast tokenizer's (tokenizers.Encoding). Its offsets, a tuple for each token, cost
+    a fifth of all that is done to a row, so it is asked for the tokens at the spans' ends alone.
+    """
+    mask = np.zeros(len(encoding), np.uint8)
     for start, end in spans:
-        inside = (places[:, 0] < end) & (places[:, 1] > start) & (places[:, 1] > places[:, 0])
-        mask |= inside.astype(np.uint8)
+        if start >= end:
+            continue
+        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+        if first is None or last is None:
+            # No token has the span's first or last character: white space, or cut off.
+            mask |= _overlapping(start, end, encoding)
+            continue
+        # A character may be of several tokens, of which the first was named.
+        while (chars := encoding.token_to_chars(last + 1)) and chars[0] < end and chars[1] >= end:
+            last += 1
+        mask[first : last + 1] = 1
+    return mask
+
+
+def _overlapping(start: int, end: int, encoding: Any) -> np.ndarray:
+    places = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+    inside = (places[:, 0] < end) & (places[:, 1] > start) & (places[:, 1] > places[:, 0])
+    mask = np.zeros(len(encoding), np.uint8)
+    if inside.any():
+        at = np.flatnonzero(inside)
+        mask[at[0] : at[-1] + 1] = 1
     return mask

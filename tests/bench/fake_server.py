@@ -48,6 +48,10 @@ class FakeServer:
         ready.set()
         self.loop.run_forever()
         self.loop.run_until_complete(self._stop())
+        late = asyncio.all_tasks(self.loop)  # answers that nobody waits for any more
+        for task in late:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*late, return_exceptions=True))
         self.loop.close()
 
     async def _start(self) -> None:
@@ -103,11 +107,23 @@ class FakeServer:
         if failure == "die":
             self.loop.create_task(self._stop())
         assert self._slots is not None
+        if not body.get("stream"):
+            return await self._whole(request, body, failure)
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         async with self._slots:
             with suppress(ConnectionResetError):  # the client has gone
                 await self._stream(request, response, body, failure)
         return response
+
+    async def _whole(
+        self, request: web.Request, body: dict[str, Any], failure: str | None
+    ) -> web.Response:
+        await asyncio.sleep(self.behaviour.first(body, request[KEY]))
+        count = 0 if failure == "empty" else body["max_tokens"]
+        said = {"role": "assistant", "content": "tok " * count}
+        choice = {"index": 0, "message": said, "finish_reason": "length"}
+        about = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
+        return web.json_response(about | {"choices": [choice], "usage": _usage(body, count)})
 
     async def _stream(
         self,

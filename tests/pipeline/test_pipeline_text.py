@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from deltaserve.errors import PipelineError
 from deltaserve.pipeline import Plan, open_pipeline
 from deltaserve.pipeline.tokenizers import tokenizer_of
+from deltaserve.pipeline.tokenizing import mask_of
 from tests.pipeline.pipelines import TEMPLATE, chats, stream, texts, tokenizer, write_lines
 
 CHAT = [
@@ -54,6 +57,52 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> No
     name = tokenizer(tmp_path / "tokenizer", template=REWRITING)
     with pytest.raises(PipelineError, match=r"row \(0, 0\).*rewrites earlier turns.*generation"):
         masked(tmp_path, name)
+
+
+@pytest.mark.parametrize("spaces", ["kept", "trimmed", "marked", "dropped"])
+def test_masks_are_those_of_the_tokens_places(spaces: str) -> None:
+    """Also where a character is of several tokens, or of none, and with tokens of no place."""
+    draw = random.Random(spaces)
+    letters = "ab  \n\t.é漢🙂👩‍👩‍👧"
+    backend = _trained(spaces, ["".join(draw.choices("ab ", k=40)) for _ in range(50)])
+    for _ in range(300):
+        text = "".join(draw.choices(letters, k=draw.randint(1, 30)))
+        ends = sorted(draw.choices(range(len(text) + 1), k=4))
+        spans = [(ends[0], ends[1]), (ends[2], ends[3])]
+        if draw.random() < 0.5:
+            backend.enable_truncation(draw.randint(3, 12))
+        encoding = backend.encode(text)
+        backend.no_truncation()
+        expected = [0] * len(encoding)
+        for start, end in spans:
+            inside = [max(a, start) < min(b, end) for a, b in encoding.offsets]
+            at = [number for number, each in enumerate(inside) if each]
+            for number in range(at[0], at[-1] + 1) if at else ():
+                expected[number] = 1
+        assert mask_of(spans, encoding).tolist() == expected, (text, spans)
+
+
+def _trained(spaces: str, sentences: list[str]) -> Tokenizer:
+    """Byte level BPE or words, with a token of the tokenizer's own at both ends."""
+    made = Tokenizer(models.BPE(unk_token="?", byte_fallback=spaces == "marked"))
+    before: Any = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if spaces in ("marked", "dropped"):
+        made.normalizer = normalizers.NFKC()
+        before = pre_tokenizers.Metaspace() if spaces == "marked" else pre_tokenizers.Whitespace()
+    made.pre_tokenizer = before
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if spaces in ("kept", "trimmed") else []
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)] if spaces == "marked" else []
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<s>", "?", *bytes_],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    made.train_from_iterator(sentences, trainer)
+    ends = processors.TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", 0)])
+    trim = processors.ByteLevel(trim_offsets=spaces == "trimmed")
+    made.post_processor = processors.Sequence([trim, ends]) if alphabet else ends
+    return made
 
 
 def test_special_tokens_are_written_once(tmp_path: Path) -> None:
