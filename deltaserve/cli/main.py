@@ -58,7 +58,9 @@ def dispatch(argv: list[str]) -> int:
             print("deltaserve: interrupted", file=sys.stderr)
         return code
     except UsageError as error:
-        return fail(f"{error} (see deltaserve {argv[0]} --help)")
+        # Not str(): only this names the option.
+        message = error.format_message()  # type: ignore[attr-defined]
+        return fail(f"{message.rstrip('.')} (see deltaserve {argv[0]} --help)")
     except DeltaServeError as error:
         return fail(str(error))
     except OSError as error:
