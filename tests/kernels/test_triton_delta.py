@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from deltaserve.artifact.codecs import get_codec
 from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.kernels.delta_matmul import GroupedDeltas, Segment, cut, dispatch, launch
-from deltaserve.kernels.delta_matmul.layout import lay_out, refusal
+from deltaserve.kernels.delta_matmul.layout import MAX_INPUTS, MAX_OUTPUTS, lay_out, refusal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -247,3 +247,34 @@ def test_what_no_kernel_takes_is_named_once(
     (record,) = caplog.records
     assert "layers.3.proj.weight [12, 64]" in record.message
     assert reason in record.message
+
+
+@pytest.mark.parametrize(
+    ("codec", "shape", "planes", "reason"),
+    [
+        ("int", (MAX_OUTPUTS + 1, 64), 1, "outputs"),
+        ("nm24", (64, MAX_INPUTS + 64), 1, "inputs"),
+        ("lowrank", (MAX_OUTPUTS + 1, 64), 1, "outputs"),
+        ("int", (128_256, 16_384), 3, "3 plane"),
+    ],
+)
+def test_a_projection_wider_than_a_kernel_takes_is_named_once(
+    codec: str,
+    shape: tuple[int, int],
+    planes: int,
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where indices or grids would overflow, results would be wrong. Without the weights, which
+    nobody has."""
+    dispatch._warned.cache_clear()
+    params = {"bits": 2, "group_size": 64, "scale_axis": "group", "symmetric": True}
+    enc = Encoded(codec, params | {"planes": planes}, shape, torch.float32, {})
+    for _ in range(2):
+        assert not dispatch.takes_kernel("layers.7.wide.weight", enc, torch.float16, bias=False)
+    (record,) = caplog.records
+    assert f"layers.7.wide.weight {list(shape)}" in record.message
+    assert reason in record.message
+    fits = replace(enc, shape=(MAX_OUTPUTS, 1024), params=params | {"planes": 1})
+    if codec != "lowrank":
+        assert refusal(fits, torch.float16) is None
