@@ -78,6 +78,11 @@ class Part:
         self.leave_out(what, "no time left")
         return False
 
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return max(0.0, self.end - time.monotonic())
+
     def _save(self) -> None:
         if self.out is not None:
             command = f"python -m deltaserve.bench.gpu.{self.module}"

@@ -34,8 +34,8 @@ from deltaserve.engine.core import Engine
 from deltaserve.engine.types import EngineRequest, SamplingParams
 
 SKEW = 1.5
-DISTINCT = (8, 4)
-"""Different deltas and whole models on disk."""
+DISTINCT = (8, 1)
+"""Different deltas and whole models on disk, 0.27 and 2.2 GB each."""
 # Of a generate process, beside the weights and half as much again: CUDA's context and libraries.
 PROCESS_BYTES = 3 << 29
 MAX_PROCESSES = 16
@@ -252,14 +252,14 @@ def main() -> None:
     room = None
     for way in ("deltas", "whole models swapped"):
         if part.has_time(way, 15):
-            load, used = by_engine(part, way, models, traffic, room, limit)
+            load, used = by_engine(part, way, models, traffic, room, min(limit, part.left / 2))
             loads.append(load)
             room = room or max(used, one_whole(models))
             show(part, load)
             release()
     part.note("delta_memory_bytes", room)
     if part.has_time("generate processes", 30):
-        loads.append(by_processes(part, models, traffic, limit))
+        loads.append(by_processes(part, models, traffic, min(limit, part.left / 2)))
         show(part, loads[-1])
     if len(loads) > 1:
         part.note("over_swapping", loads[0].tokens_per_second / loads[1].tokens_per_second)

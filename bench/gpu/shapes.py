@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +69,13 @@ class Models:
 
 
 def build(root: Path, size: str, num_deltas: int, num_wholes: int) -> Models:
-    """Make what is missing below ``root``."""
+    """Make what is missing below ``root``. Raises OSError, before anything is written, if it would
+    not fit there."""
     base = root / size
     if not (base / "config.json").is_file():
-        random_model(size, DTYPE).save_pretrained(base)
+        model = random_model(size, DTYPE)
+        _require_room(root, model, num_deltas, num_wholes)
+        model.save_pretrained(base)
     deltas = tuple(root / f"{size}-{i}.delta" for i in range(num_deltas))
     wholes = tuple(root / f"{size}-{i}.whole" for i in range(num_wholes))
     missing = [path for path in (*deltas, *wholes) if not path.is_dir()]
@@ -82,6 +86,18 @@ def build(root: Path, size: str, num_deltas: int, num_wholes: int) -> Models:
             entries = _packed(checkpoint) if path in deltas else _whole(checkpoint)
             _write(path, checkpoint, digest, entries)
     return Models(base, deltas, wholes)
+
+
+def _require_room(root: Path, model: LlamaForCausalLM, num_deltas: int, num_wholes: int) -> None:
+    """A 2-bit delta of these projections is at most a sixth of its model."""
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    needed = int(whole * (1 + num_wholes + num_deltas / 6))
+    root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise OSError(
+            f"models of {needed} bytes do not fit into {root} ({free} are free): set TMPDIR"
+        )
 
 
 def _packed(base: Checkpoint) -> Iterator[tuple[str, Encoded]]:

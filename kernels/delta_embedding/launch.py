@@ -25,7 +25,7 @@ def embed(
     scale: what the model multiplies embeddings by; that of the base is in ``out_TD`` already.
     """
     num_tokens, num_in = out_TD.shape
-    inputs = (out_TD, ids_T, slot_T, table.addresses_SF, out_TD.stride(0), num_in, scale)
+    inputs = (out_TD, ids_T, slot_T, *table.slots, out_TD.stride(0), num_in, scale)
     if kind.codec == "rows":
         grid = (num_tokens, triton.cdiv(num_in, BLOCK_D))
         kernels.embed_listed[grid](*inputs, FIELDS=FIELDS, BLOCK_D=BLOCK_D, num_warps=4)

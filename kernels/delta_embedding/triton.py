@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve.kernels.delta_matmul.triton import levels, operand
+from deltaserve.kernels.delta_matmul.triton import fields_of, levels, operand
 
 
 @triton.jit
@@ -35,6 +35,7 @@ def embed_packed(
     id_T,
     slot_T,
     table_SF,
+    num_slots,
     stride_out,
     num_in,
     scale,
@@ -45,7 +46,7 @@ def embed_packed(
 ):
     """Add an ``int`` difference to rows that hold the base's embedding; grid (T, tiles of D)."""
     token, tile = tl.program_id(0), tl.program_id(1)
-    fields = table_SF + tl.load(slot_T + token) * FIELDS
+    fields = fields_of(table_SF, tl.load(slot_T + token), num_slots, FIELDS)
     address = tl.load(fields)
     if address == 0:
         return
@@ -90,6 +91,7 @@ def embed_listed(
     id_T,
     slot_T,
     table_SF,
+    num_slots,
     stride_out,
     num_in,
     scale,
@@ -98,7 +100,7 @@ def embed_listed(
 ):
     """Replace rows that are stored whole; grid (T, blocks of D)."""
     token = tl.program_id(0)
-    fields = table_SF + tl.load(slot_T + token) * FIELDS
+    fields = fields_of(table_SF, tl.load(slot_T + token), num_slots, FIELDS)
     address = tl.load(fields)
     if address == 0:
         return

@@ -54,6 +54,11 @@ class Table:
             self.rank = max(self.rank, len(operand.parts[0]))
         return before != (True, self.num_outputs, self.rank, len(self.scale_S))
 
+    @property
+    def slots(self) -> tuple[torch.Tensor, int]:
+        """The addresses, and of how many slots."""
+        return self.addresses_SF, len(self.addresses_SF)
+
     def drop(self, slot: int) -> None:
         if self.operands.pop(slot, None) is not None:
             self.addresses_SF[slot] = 0

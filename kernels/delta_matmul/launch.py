@@ -103,7 +103,7 @@ def _packed(
     partial_XTN = y_TN
     if split > 1:
         partial_XTN = torch.empty(split, num_rows, width, device=y_TN.device)
-    routing = (table.addresses_SF, chunks.slot_C, chunks.start_C, chunks.end_C)
+    routing = (*table.slots, chunks.slot_C, chunks.start_C, chunks.end_C)
     packed.packed_matmul[(len(chunks.slot_C), triton.cdiv(width, tile.block_n), split)](
         y_TN,
         partial_XTN,
@@ -162,7 +162,7 @@ def _lowrank(
     dense.lowrank_shrink[(len(chunks.slot_C), rank // kind.block, SHRINK_SPLIT)](
         partial_XTR,
         x_TK,
-        table.addresses_SF,
+        *table.slots,
         *routing,
         x_TK.stride(0),
         num_rows,
@@ -175,7 +175,7 @@ def _lowrank(
     dense.lowrank_expand[(len(chunks.slot_C), blocks)](
         y_TN,
         partial_XTR,
-        table.addresses_SF,
+        *table.slots,
         table.scale_S,
         *routing,
         y_TN.stride(0),
@@ -193,7 +193,7 @@ def _listed_rows(table: Table, y_TN: torch.Tensor, x_TK: torch.Tensor, chunks: R
     dense.listed_rows[(len(chunks.slot_C), blocks)](
         y_TN,
         x_TK,
-        table.addresses_SF,
+        *table.slots,
         chunks.slot_C,
         chunks.start_C,
         chunks.end_C,

@@ -36,6 +36,11 @@ RANK_BLOCKS = (16, 32, 64)
 # the second part end; rows: values, listed outputs, count.
 FIELDS = 8
 MAX_PARTS = 3
+# Of one of the parts: a grid has 65535 programs along its second axis, of at least 64 outputs or 16
+# inputs each, and kernels count words of eight weights in 32 bits.
+MAX_OUTPUTS = 65535 * 64 // MAX_PARTS
+MAX_INPUTS = 65535 * 16
+MAX_WEIGHTS = 8 * 2**31 // MAX_PARTS
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -81,6 +86,8 @@ class Operand:
 
 def refusal(enc: Encoded, dtype: torch.dtype) -> str | None:
     """Why no kernel takes this operand with activations of ``dtype``; None if one does."""
+    if too_large := _size_refusal(enc):
+        return too_large
     if enc.codec == "int":
         return _int_refusal(enc.params)
     if enc.codec == "nm24":
@@ -97,6 +104,16 @@ def refusal(enc: Encoded, dtype: torch.dtype) -> str | None:
         other = [t.dtype for t in floats if t.dtype != dtype]
         return f"operand is {other[0]}, activations are {dtype}" if other else None
     return f"codec {enc.codec}"
+
+
+def _size_refusal(enc: Encoded) -> str | None:
+    outputs, inputs = matrix_shape(enc.shape)
+    if outputs > MAX_OUTPUTS or inputs > MAX_INPUTS:
+        return f"more than {MAX_OUTPUTS} outputs or {MAX_INPUTS} inputs"
+    planes = enc.params.get("planes", 1)
+    if outputs * inputs * planes > MAX_WEIGHTS:
+        return f"more than {MAX_WEIGHTS} weights in {planes} plane(s)"
+    return None
 
 
 def _int_refusal(params: dict[str, object]) -> str | None:

@@ -24,6 +24,13 @@ def chunk_rows(start_C, end_C, chunk, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def fields_of(table_SF, slot, num_slots, FIELDS: tl.constexpr):
+    """What a slot points to. Past the end of a table, which only grows for operands of its own
+    kind, a slot has nothing there, as the base has not: its row is all zeros."""
+    return table_SF + tl.where(slot < num_slots, slot, 0) * FIELDS
+
+
+@triton.jit
 def operand(address, dtype: tl.constexpr):
     """A pointer from the table. Allocations are aligned, and the compiler must know it: else
     loads are not vectorised."""
@@ -91,6 +98,7 @@ def packed_matmul(
     partial_XTN,
     x_TK,
     table_SF,
+    num_slots,
     slot_C,
     start_C,
     end_C,
@@ -114,7 +122,7 @@ def packed_matmul(
     STEPS: tl.constexpr = 8 if CODEC == "int" else 4
     STEP_K: tl.constexpr = LANES if CODEC == "int" else 4 * LANES
     chunk = tl.program_id(0)
-    fields = table_SF + tl.load(slot_C + chunk) * FIELDS
+    fields = fields_of(table_SF, tl.load(slot_C + chunk), num_slots, FIELDS)
     address = tl.load(fields)
     if address == 0:
         return
@@ -206,6 +214,7 @@ def add_partials(
     y_TN,
     partial_XTN,
     table_SF,
+    num_slots,
     slot_C,
     start_C,
     end_C,
@@ -220,7 +229,7 @@ def add_partials(
 ):
     """Second pass of a split ``packed_matmul``, grid (C, blocks of N): partial sums in order."""
     chunk = tl.program_id(0)
-    fields = table_SF + tl.load(slot_C + chunk) * FIELDS
+    fields = fields_of(table_SF, tl.load(slot_C + chunk), num_slots, FIELDS)
     if tl.load(fields) == 0:
         return
     n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

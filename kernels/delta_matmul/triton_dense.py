@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve.kernels.delta_matmul.triton import add_to_output, chunk_rows, operand
+from deltaserve.kernels.delta_matmul.triton import add_to_output, chunk_rows, fields_of, operand
 
 
 @triton.jit
@@ -44,6 +44,7 @@ def lowrank_shrink(
     partial_XTR,
     x_TK,
     table_SF,
+    num_slots,
     slot_C,
     start_C,
     end_C,
@@ -59,7 +60,7 @@ def lowrank_shrink(
 ):
     """Partial sums of v @ x, grid (C, blocks of R, SPLIT); ``width`` is the widest rank."""
     chunk = tl.program_id(0)
-    fields = table_SF + tl.load(slot_C + chunk) * FIELDS
+    fields = fields_of(table_SF, tl.load(slot_C + chunk), num_slots, FIELDS)
     address = tl.load(fields)
     first_r = tl.program_id(1) * BLOCK_R
     if (address == 0) | (first_r >= tl.load(fields + 3)):
@@ -90,6 +91,7 @@ def lowrank_expand(
     y_TN,
     partial_XTR,
     table_SF,
+    num_slots,
     scale_S,
     slot_C,
     start_C,
@@ -110,7 +112,7 @@ def lowrank_expand(
     """
     chunk = tl.program_id(0)
     slot = tl.load(slot_C + chunk)
-    fields = table_SF + slot * FIELDS
+    fields = fields_of(table_SF, slot, num_slots, FIELDS)
     num_out = tl.load(fields + 2).to(tl.int32)
     if tl.program_id(1) * BLOCK_N >= num_out:
         return
@@ -148,6 +150,7 @@ def listed_rows(
     y_TN,
     x_TK,
     table_SF,
+    num_slots,
     slot_C,
     start_C,
     end_C,
@@ -161,7 +164,7 @@ def listed_rows(
 ):
     """Overwrite the listed outputs with values @ x, grid (C, blocks of R)."""
     chunk = tl.program_id(0)
-    fields = table_SF + tl.load(slot_C + chunk) * FIELDS
+    fields = fields_of(table_SF, tl.load(slot_C + chunk), num_slots, FIELDS)
     num_listed = tl.load(fields + 2).to(tl.int32)
     if tl.program_id(1) * BLOCK_N >= num_listed:
         return

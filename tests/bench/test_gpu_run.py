@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import torch
 
 from deltaserve.bench.gpu import report, run
 from deltaserve.bench.gpu.run import Step
+from deltaserve.bench.gpu.shapes import build
 
 ROOT = Path(__file__).parents[2]
 
@@ -120,6 +122,24 @@ def test_a_part_that_hangs_or_fails_costs_the_others_nothing(
     }
     assert time.monotonic() - started < 30
     assert (tmp_path / "gpu_kernels.json").read_text() == "{}"
+
+
+def test_all_parts_together_fit_the_time_that_a_machine_is_lent_for() -> None:
+    assert sum(step.seconds for step in run.STEPS) <= run.BUDGET_S < 10 * 60
+    assert {step.name for step in run.STEPS} - {"tests"} <= {
+        file.stem for file in (ROOT / "bench/gpu").glob("*.py")
+    }
+    assert run.STEPS[0].name == "accuracy"
+
+
+def test_models_that_do_not_fit_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"\d+ bytes do not fit.*100000 are free.*TMPDIR"):
+        build(tmp_path / "models", "tiny", 2, 1)
+    assert not list((tmp_path / "models").iterdir())
 
 
 def results(folder: Path, part: str) -> dict[str, Any]:

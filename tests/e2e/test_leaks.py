@@ -79,7 +79,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.parametrize(
     ("warm", "rounds", "growth"),
-    [(20, 15, 150 * MB), pytest.param(60, 1000, 150 * MB, marks=pytest.mark.slow)],
+    [(20, 15, 400 * MB), pytest.param(60, 1000, 150 * MB, marks=pytest.mark.slow)],
 )
 def test_nothing_is_left_behind(serving, warm, rounds, growth):
     """Six requests a round. Caches fill while it warms up: 16 compiled grammars, for one."""

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from deltaserve.artifact.codecs import get_codec
 from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.kernels.delta_matmul import GroupedDeltas, Segment, cut, dispatch, launch
-from deltaserve.kernels.delta_matmul.layout import lay_out, refusal
+from deltaserve.kernels.delta_matmul.grouped import TABLE_STEP
+from deltaserve.kernels.delta_matmul.layout import MAX_INPUTS, MAX_OUTPUTS, lay_out, refusal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -247,3 +248,52 @@ def test_what_no_kernel_takes_is_named_once(
     (record,) = caplog.records
     assert "layers.3.proj.weight [12, 64]" in record.message
     assert reason in record.message
+
+
+@pytest.mark.parametrize(
+    ("codec", "shape", "planes", "reason"),
+    [
+        ("int", (MAX_OUTPUTS + 1, 64), 1, "outputs"),
+        ("nm24", (64, MAX_INPUTS + 64), 1, "inputs"),
+        ("lowrank", (MAX_OUTPUTS + 1, 64), 1, "outputs"),
+        ("int", (128_256, 16_384), 3, "3 plane"),
+    ],
+)
+def test_a_projection_wider_than_a_kernel_takes_is_named_once(
+    codec: str,
+    shape: tuple[int, int],
+    planes: int,
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where indices or grids would overflow, results would be wrong. Without the weights, which
+    nobody has."""
+    dispatch._warned.cache_clear()
+    params = {"bits": 2, "group_size": 64, "scale_axis": "group", "symmetric": True}
+    enc = Encoded(codec, params | {"planes": planes}, shape, torch.float32, {})
+    for _ in range(2):
+        assert not dispatch.takes_kernel("layers.7.wide.weight", enc, torch.float16, bias=False)
+    (record,) = caplog.records
+    assert f"layers.7.wide.weight {list(shape)}" in record.message
+    assert reason in record.message
+    fits = replace(enc, shape=(MAX_OUTPUTS, 1024), params=params | {"planes": 1})
+    if codec != "lowrank":
+        assert refusal(fits, torch.float16) is None
+
+
+def test_tables_of_other_kinds_end_before_a_high_slot() -> None:
+    """A table grows with the slots of its own kind; chunks name all slots of the step, also those
+    that change nothing in this layer."""
+    layer = make_layer(
+        [CASES[3], CASES[8], *CASES[-4:]], outputs=30, inputs=96, dtype=torch.float32
+    )
+    high = max(layer.operands) + 2 * TABLE_STEP
+    layer.operands[high] = encode(layer.base_NK.cpu(), *CASES[6], seed=7)
+    assert layer.grouped.attach(high, layer.operands[high])
+    assert {len(table.scale_S) for table in layer.grouped.tables.values()} > {TABLE_STEP}
+    check(layer, [(high, 3), *((slot, 2) for slot in layer.operands if slot != high)])
+    x = torch.randn(3, 96, device=DEVICE)
+    y = F.linear(x, layer.base_NK)
+    before = y.clone()
+    layer.grouped.apply(y, x, cut([Segment(9 * TABLE_STEP, 0, 2), Segment(1, 2, 3)], DEVICE))
+    assert torch.equal(y[:2], before[:2])
