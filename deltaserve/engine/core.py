@@ -25,6 +25,7 @@ from deltaserve.engine.memory import out_of_memory, plan_memory, relieve
 from deltaserve.engine.model import KVCache, make_delta_aware, widest_projection
 from deltaserve.engine.observe import StepCounters, copy_table
 from deltaserve.engine.operands import OperandMaker
+from deltaserve.engine.pace import Pace
 from deltaserve.engine.parts import Parts
 from deltaserve.engine.probe import Prober
 from deltaserve.engine.residency import Residency
@@ -64,10 +65,11 @@ class Engine:
         kv = KVCache(model_config, num_slots, dtype, device)
         vocab_size = model_config.vocab_size
         arena = reserve(memory.limits.device_bytes, device)
+        self.pace = Pace()
         self.residency = Residency(
             Parts(
                 Reader(base.digest),
-                OperandMaker(base.checkpoint, modules, vocab_size, dtype, device, arena),
+                OperandMaker(base.checkpoint, modules, vocab_size, dtype, device, arena, self.pace),
                 Prober(),
                 Loader(config.load_timeout_s),
                 base_version(config.served_model_name, base, vocab_size),
@@ -189,6 +191,7 @@ class Engine:
         events = self._advance_loads() + self._take_prepared()
         started = self.clock()
         plan = self.scheduler.plan()
+        self.pace.divide(len(plan.rows), self.residency.demand.num_requests)
         if plan.rows:
             events += self._compute(plan, started)
         elif not events:

@@ -16,6 +16,11 @@ class Demand:
     def __bool__(self) -> bool:
         return bool(self._wanted)
 
+    @property
+    def num_requests(self) -> int:
+        """That wait for what is not in memory."""
+        return sum(version.waiting for version in self._wanted)
+
     def want(self, version: DeltaVersion, now: float) -> None:
         if version.asked is None:
             version.asked = now

@@ -26,6 +26,7 @@ from deltaserve.engine.layers import (
     DeltaLinear,
     DeltaNorm,
 )
+from deltaserve.engine.pace import Pace
 from deltaserve.engine.pieces import Piece, Pieces, packed_bytes
 from deltaserve.engine.projections import DeltaModule, ProjectionPart, Wrapper, part_of
 from deltaserve.engine.transfer import Arrival, Transfer
@@ -132,12 +133,15 @@ class OperandMaker:
         dtype: torch.dtype,
         device: str,
         arena: Arena | None = None,
+        pace: Pace | None = None,
     ) -> None:
+        """pace: kept from layer to layer; at full speed unless given."""
         self.base = base
         self.modules = modules
         self.vocab_size = vocab_size
         self._dtype = dtype
         self._transfer = Transfer(device, arena)
+        self._pace = pace or Pace()
 
     def needs(self, delta: Delta) -> Needs:
         """Raises ArtifactError for parameters that no layer of this base has, or not so."""
@@ -248,6 +252,7 @@ class OperandMaker:
                 pieces = layer.prepare(kind, pieces)
                 placed[key] = pieces if merge else self._place(pieces)
             yield Binding(layer, kind, placed[key])
+            self._pace.rest()
 
     def _place(self, pieces: Pieces) -> Pieces:
         """Where the device keeps operands."""
