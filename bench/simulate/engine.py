@@ -13,6 +13,7 @@ from deltaserve.engine.core import Engine
 from deltaserve.engine.grammar import Preparing
 from deltaserve.engine.limits import Limits
 from deltaserve.engine.observe import StepCounters
+from deltaserve.engine.pace import Pace
 from deltaserve.engine.parts import Parts
 from deltaserve.engine.residency import Residency
 from deltaserve.engine.scheduler import StepPlan
@@ -62,6 +63,7 @@ class SimulatedEngine(Engine):
         )
         self.preparing = Preparing()
         self.counters = StepCounters()
+        self.pace = Pace()
         self._refused = []
         for name in system.model_names():
             # Not ``register``, which compares each with all others: of 10,000, for minutes.
