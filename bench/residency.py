@@ -35,7 +35,9 @@ from deltaserve.engine.types import EngineRequest, SamplingParams
 PIECE_BYTES = 64 << 10
 ROWS = 8
 SKEW = 1.2
-CLIENTS = 32
+BATCH = 32
+CLIENTS = (BATCH, 4 * BATCH)
+"""As many as the batch has rows, so that nobody waits where there is room for all; and a backlog."""
 
 
 class SlowFile:
@@ -158,8 +160,11 @@ def _decode(engine: Engine, name: str, tokens: int) -> list[float]:
     return np.diff(times).tolist()
 
 
-def zipf_load(models: PeerModels, room: int, rounds: int, requests: int) -> dict[str, Any]:
-    """The same requests on each engine, round by round in turns."""
+def zipf_load(models: PeerModels, room: int, rounds: int, requests: int) -> list[dict[str, Any]]:
+    """The same requests on each engine, round by round in turns; by number of clients.
+
+    requests: per client.
+    """
     count = len(models.deltas)
     everything = _engine(models, count)
     size = max(v.needs.device_bytes for v in everything.residency.catalogue.versions())
@@ -170,19 +175,27 @@ def zipf_load(models: PeerModels, room: int, rounds: int, requests: int) -> dict
             models, count, delta_memory_bytes=room * size, host_memory_bytes=0
         ),
     }
+    found = [_by_room(engines, count, rounds, clients, requests) for clients in CLIENTS]
+    for engine in engines.values():
+        engine.close()
+    return found
+
+
+def _by_room(
+    engines: dict[str, Engine], count: int, rounds: int, clients: int, requests: int
+) -> dict[str, Any]:
     results: dict[str, list[Load]] = {name: [] for name in engines}
     for number in range(rounds + 1):  # the first warms up
         for name, engine in engines.items():
-            load = _serve(engine, name, count, requests if number else CLIENTS, seed=number)
+            load = _serve(engine, name, count, clients, requests if number else 1, number)
             if number:
                 results[name].append(load)
     totals = {name: _total(loads) for name, loads in results.items()}
-    for engine in engines.values():
-        engine.close()
     return {
         "deltas": count,
         "skew": SKEW,
-        "requests": rounds * requests,
+        "clients": clients,
+        "requests": rounds * requests * clients,
         "loads": [asdict(t) | {"tokens_per_second": t.tokens_per_second} for t in totals.values()],
         "share_of_throughput": {
             name: total.tokens_per_second / totals["all"].tokens_per_second
@@ -191,8 +204,9 @@ def zipf_load(models: PeerModels, room: int, rounds: int, requests: int) -> dict
     }
 
 
-def _serve(engine: Engine, room: str, count: int, requests: int, seed: int) -> Load:
-    """CLIENTS, each with its next request as soon as it has an answer."""
+def _serve(engine: Engine, room: str, count: int, clients: int, requests: int, seed: int) -> Load:
+    """Clients, each with its next request as soon as it has an answer, ``requests`` on average."""
+    requests *= clients
     chances = 1 / np.arange(1, count + 1) ** SKEW
     random = np.random.default_rng(seed)
     chosen = random.choice(count, size=requests, p=chances / chances.sum())
@@ -202,7 +216,7 @@ def _serve(engine: Engine, room: str, count: int, requests: int, seed: int) -> L
     before = engine.stats()
     gc.collect()
     start, cpu = time.perf_counter(), time.process_time()
-    for _ in range(CLIENTS):
+    for _ in range(clients):
         engine.add(next(queue))
     done = 0
     while done < requests:
@@ -253,7 +267,7 @@ def _engine(models: PeerModels, count: int, **knobs: Any) -> Engine:
     options: dict[str, Any] = {
         "served_model_name": "base",
         "kv_cache_memory_bytes": 256 << 20,
-        "max_num_seqs": 32,
+        "max_num_seqs": BATCH,
         "max_model_len": 1024,
     }
     return Engine(EngineConfig(base=str(models.base), deltas=sources, **{**options, **knobs}))
@@ -265,7 +279,7 @@ def _request(name: str, model: str, index: int, tokens: int) -> EngineRequest:
 
 
 def show(results: dict[str, Any]) -> None:
-    slow, zipf = results["slow_disk"], results["zipf"]
+    slow = results["slow_disk"]
     print(f"a delta loads for {slow['load_seconds']:.2f} s while {slow['rows']} rows decode:")
     for label, key in (
         ("without a load", "without"),
@@ -275,13 +289,14 @@ def show(results: dict[str, Any]) -> None:
         gaps = slow[key]
         print(f"  {label:<16} p50 {gaps['p50']:7.2f} ms   p99 {gaps['p99']:7.2f} ms")
     print(f"  p99 {slow['p99_change']:+.1%} (goal: at most +20 %)")
-    print(f"{zipf['deltas']} deltas, Zipf {zipf['skew']}:")
-    for load in zipf["loads"]:
-        share = zipf["share_of_throughput"][load["room"]]
-        print(
-            f"  room for {load['room']:<18} {load['tokens_per_second']:8.1f} tokens/s "
-            f"({share:.0%}), {load['loads']} loads, {load['hit_rate']:.0%} found resident"
-        )
+    for zipf in results["zipf"]:
+        print(f"{zipf['deltas']} deltas, Zipf {zipf['skew']}, {zipf['clients']} clients:")
+        for load in zipf["loads"]:
+            share = zipf["share_of_throughput"][load["room"]]
+            print(
+                f"  room for {load['room']:<18} {load['tokens_per_second']:8.1f} tokens/s "
+                f"({share:.0%}), {load['loads']} loads, {load['hit_rate']:.0%} found resident"
+            )
 
 
 def main() -> None:
@@ -291,7 +306,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300, help="of each decoding row")
     parser.add_argument("--deltas", type=int, default=64)
     parser.add_argument("--room", type=int, default=8, help="how many of them fit")
-    parser.add_argument("--requests", type=int, default=64, help="in a round, at least 32")
+    parser.add_argument("--requests", type=int, default=2, help="of each client in a round")
     parser.add_argument("--zipf-rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write a JSON file as well")
     args = parser.parse_args()

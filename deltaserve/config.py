@@ -77,7 +77,7 @@ class EngineConfig:
     served_model_name: str = ""
     """Name of the base in the API; the last part of ``base`` unless given."""
     dtype: Dtype = "auto"
-    """"auto" is the checkpoint's own."""
+    """"auto" is the checkpoint's own; float32 on processors that cannot compute in it."""
     device: Device = "auto"
     """"auto" takes the GPU if there is one."""
     quantization: Quantization = "none"

@@ -127,7 +127,10 @@ Name = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help=f"auto, float32, bfloat16 or float16. (default: {EngineConfig.dtype})"),
+    typer.Option(
+        help="auto, float32, bfloat16 or float16; auto is the checkpoint's own, or float32 on "
+        f"processors that cannot compute in it. (default: {EngineConfig.dtype})"
+    ),
 ]
 Device = Annotated[
     str | None, typer.Option(help=f"auto, cpu or cuda. (default: {EngineConfig.device})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,14 @@ from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.artifact.digest import checkpoint_digest
 from deltaserve.config import EngineConfig
 from deltaserve.engine.families import family_of
+from deltaserve.engine.memory import free_memory
 from deltaserve.engine.model import load_base
 from deltaserve.engine.quantisation import loaded_bytes
 from deltaserve.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+FLOAT32_SHARE = 0.5
+"""Of the free memory, for a base in float32 that the checkpoint has in 16 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +41,8 @@ class Base:
         there, or a quantisation without its library."""
         checkpoint = Checkpoint.open(config.base)
         family_of(checkpoint.architecture)
-        device, dtype = _device(config), _dtype(config, checkpoint)
+        device = _device(config)
+        dtype = _dtype(config, checkpoint, device)
         digest = checkpoint_digest(checkpoint)
         model = load_base(checkpoint, dtype, device, config.quantization)
         return cls(checkpoint, digest, dtype, device, model, loaded_bytes(model))
@@ -53,7 +60,31 @@ def _device(config: EngineConfig) -> str:
     return "cuda" if available and config.device != "cpu" else "cpu"
 
 
-def _dtype(config: EngineConfig, base: Checkpoint) -> torch.dtype:
+def _dtype(config: EngineConfig, base: Checkpoint, device: str) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
-    return base.dtype(base.embedding) if base.embedding else torch.float32
+    stored = base.dtype(base.embedding) if base.embedding else torch.float32
+    if device != "cpu" or _has_arithmetic(stored):
+        return stored
+    in_float32 = base.num_bytes * torch.float32.itemsize // stored.itemsize
+    if in_float32 > FLOAT32_SHARE * free_memory(device):
+        logger.warning(
+            "this processor has no arithmetic in %s, and the base in float32 would take %.1f GB, "
+            "more than half of the free memory: it stays in %s, several times slower",
+            stored,
+            in_float32 / 1e9,
+            stored,
+        )
+        return stored
+    logger.info("this processor has no arithmetic in %s: the base is held in float32", stored)
+    return torch.float32
+
+
+def _has_arithmetic(dtype: torch.dtype) -> bool:
+    """Whether the processor's own matmuls take ``dtype``; where they do not, float32 was 4 to 6
+    times faster (32 rows of projections of 512 inputs, AVX2)."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True

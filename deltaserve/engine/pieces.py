@@ -62,8 +62,9 @@ def join(pieces: Pieces, dtype: torch.dtype) -> Pieces:
     pieces: of one layer, by ``start``.
     """
     encs = [piece.enc for piece in pieces]
-    if _adjacent(pieces) and int4.fusable(encs):
-        return tuple(Piece(pieces[0].start, enc) for enc in int4.pack(encs, dtype))
+    packs = [int4.supports(enc) and int4.loses_nothing(enc.dtype, dtype) for enc in encs]
+    if _adjacent(pieces) and all(packs) and int4.fusable(encs):
+        return tuple(Piece(pieces[0].start, enc) for enc in int4.pack(encs))
     if _adjacent(pieces) and all(enc.codec == "raw" for enc in encs):
         values = pieces[0].values
         if len(pieces) > 1:
@@ -72,8 +73,8 @@ def join(pieces: Pieces, dtype: torch.dtype) -> Pieces:
         return (Piece(pieces[0].start, whole),)
     return tuple(
         Piece(piece.start, enc)
-        for piece in pieces
-        for enc in (int4.pack([piece.enc], dtype) if int4.supports(piece.enc) else [piece.enc])
+        for piece, packed in zip(pieces, packs, strict=True)
+        for enc in (int4.pack([piece.enc]) if packed else [piece.enc])
     )
 
 
@@ -93,11 +94,12 @@ def packed_bytes(
 ) -> tuple[int, list[int]]:
     """Size of what ``join`` packs anew, and which of the entries it leaves as they are."""
     ends = [start + entry.shape[0] for start, entry in zip(starts, entries, strict=True)]
-    if list(starts[1:]) == ends[:-1] and int4.fusable(entries):
-        return int4.packed_bytes(entries, dtype), []
-    left = [i for i, entry in enumerate(entries) if not int4.supports(entry)]
-    packed = [[entry] for i, entry in enumerate(entries) if i not in left]
-    return sum(int4.packed_bytes(entry, dtype) for entry in packed), left
+    packs = [int4.supports(e) and int4.loses_nothing(e.torch_dtype, dtype) for e in entries]
+    if list(starts[1:]) == ends[:-1] and all(packs) and int4.fusable(entries):
+        return int4.packed_bytes(entries), []
+    left = [i for i, packed in enumerate(packs) if not packed]
+    packed = [entry for i, entry in enumerate(entries) if i not in left]
+    return sum(int4.packed_bytes([entry]) for entry in packed), left
 
 
 def _adjacent(pieces: Pieces) -> bool:

@@ -18,8 +18,8 @@ def encode(rows: int, columns: int, **params: object) -> Encoded:
 
 def apply(encs: list[Encoded], x: torch.Tensor) -> torch.Tensor:
     rows = sum(enc.shape[0] for enc in encs)
-    y = torch.ones(len(x), rows, dtype=x.dtype)
-    for plane in int4.pack(encs, x.dtype):
+    y = torch.zeros(len(x), rows, dtype=x.dtype)
+    for plane in int4.pack(encs):
         assert plane.shape == (rows, x.shape[1])
         delta_matmul(y, x, plane)
     return y
@@ -55,18 +55,19 @@ def test_matrices_of_one_input_are_applied_as_the_codec_decodes_them(
     assert int4.fusable(encs)
     x = torch.randn(tokens, columns).to(dtype)
     delta = torch.cat([get_codec("int").delta(enc) for enc in encs]).double()
-    expected = 1 + x.double() @ delta.T
-    # The sum is rounded once for each plane, relative to the size of its terms.
-    terms = x.double().abs() @ delta.abs().T + 1
-    assert ((apply(encs, x).double() - expected).abs() <= 3 * terms * torch.finfo(dtype).eps).all()
+    expected = x.double() @ delta.T
+    # Inputs and, for each plane, the sum are rounded once, relative to the size of the terms.
+    terms = x.double().abs() @ delta.abs().T
+    eps = torch.finfo(int4.COMPUTED_IN).eps
+    assert ((apply(encs, x).double() - expected).abs() <= 3 * terms * eps).all()
 
 
 def test_nothing_is_rounded_by_the_layout() -> None:
     """One input at a time picks single weights: each must be the codec's very number."""
     for bits in (1, 2, 3, 4):
         enc = encode(32, 64, bits=bits, group_size=32)
-        weights = apply([enc], torch.eye(64)).T - 1
-        torch.testing.assert_close(weights, get_codec("int").delta(enc), rtol=1e-6, atol=3e-7)
+        weights = apply([enc], torch.eye(64)).T
+        assert torch.equal(weights, get_codec("int").delta(enc).bfloat16().float())
 
 
 @pytest.mark.parametrize(
