@@ -37,7 +37,7 @@ ROWS = 8
 SKEW = 1.2
 BATCH = 32
 CLIENTS = (BATCH, 4 * BATCH)
-"""As many as the batch has rows, so that nobody waits where there is room for all; and a backlog."""
+"""As many as the batch has rows: nobody waits where there is room for all. And a backlog."""
 
 
 class SlowFile:
