@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 96
@@ -80,6 +79,8 @@ def make_fine_tune(base: Path, path: Path, *, seed: int, added_tokens: int = 0) 
 
 def make_lora(base: Path, adapter: Path, merged: Path) -> tuple[Path, Path]:
     """A PEFT adapter with trained-looking factors, and the checkpoint that PEFT merges it to."""
+    from peft import LoraConfig, get_peft_model  # slow to import, and not where a GPU is tried
+
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = LoraConfig(
         r=4, lora_alpha=12, target_modules=["q_proj", "o_proj", "down_proj"], use_rslora=True
