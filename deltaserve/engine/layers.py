@@ -17,7 +17,7 @@ from torch import nn
 from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.artifact.manifest import TensorEntry
 from deltaserve.engine.delta_layer import DeltaLayer
-from deltaserve.engine.pieces import Piece, Pieces, for_kernels, join
+from deltaserve.engine.pieces import Piece, Pieces, apart, for_kernels, join
 from deltaserve.engine.routing import Segment, StepContext
 from deltaserve.engine.slot_table import SlotTable
 from deltaserve.kernels.delta_embedding import GroupedEmbeddings, delta_embedding
@@ -62,9 +62,11 @@ class DeltaLinear(DeltaLayer):
             return pieces
         if parameter == MERGED:
             return (self._whole(pieces),)
+        dtype = self.grouped.base_NK.dtype
+        pieces = tuple(Piece(p.start, enc) for p in pieces for enc in apart(p.enc, dtype))
         if self.grouped.serves_layer():
             return for_kernels(pieces, self.grouped)
-        return join(pieces, self.grouped.base_NK.dtype) if self.packs_on_cpu() else pieces
+        return join(pieces, dtype) if self.packs_on_cpu() else pieces
 
     def packs_on_cpu(self) -> bool:
         """Whether operands are laid out for the CPU's own operators."""

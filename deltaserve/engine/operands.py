@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
@@ -27,7 +27,7 @@ from deltaserve.engine.layers import (
     DeltaNorm,
 )
 from deltaserve.engine.pace import Pace
-from deltaserve.engine.pieces import Piece, Pieces, packed_bytes
+from deltaserve.engine.pieces import Piece, Pieces, entries_apart, packed_bytes
 from deltaserve.engine.projections import DeltaModule, ProjectionPart, Wrapper, part_of
 from deltaserve.engine.transfer import Arrival, Transfer
 from deltaserve.errors import ArtifactError
@@ -151,12 +151,13 @@ class OperandMaker:
         counted: set[str] = set()  # an operand of two layers is in memory once
         for (layer, leaf), members in self._changes(delta, delta.names()).items():
             entries = [tensors[name] for name in members]
-            size, kept = 0, set(members)
-            if leaf == "weight" and isinstance(layer, DeltaLinear) and layer.packs_on_cpu():
-                size, left = packed_bytes(list(members.values()), entries, self._dtype)
-                kept = {list(members)[i] for i in left}
-            size += sum(self._operand_bytes(tensors[name]) for name in kept - counted)
-            counted |= kept
+            whole = {name: tensors[name] for name in members.keys() - counted}
+            size = 0
+            if leaf == "weight" and isinstance(layer, DeltaLinear):
+                size, kept = self._packed(layer, members, tensors)
+                whole = {name: entry for name, entry in whole.items() if name in kept}
+            size += sum(map(self._operand_bytes, whole.values()))
+            counted |= whole.keys()
             total += size
             if not isinstance(layer, DeltaEmbedding):
                 step += size
@@ -166,6 +167,19 @@ class OperandMaker:
                 merged += layer.merged_bytes(entries)
         image = sum(entry.bytes for entry in tensors.values()) if self.copies else total
         return Needs(total, step, merged, image, vocab_size)
+
+    def _packed(
+        self, layer: DeltaLinear, members: dict[str, int], tensors: Mapping[str, TensorEntry]
+    ) -> tuple[int, set[str]]:
+        """Size of what the layer makes anew of its weights, and which of them it keeps."""
+        parts = [(n, start, e) for n, start in members.items() for e in entries_apart(tensors[n])]
+        size = 0
+        if layer.packs_on_cpu():
+            starts, entries = [start for _, start, _ in parts], [entry for *_, entry in parts]
+            size, left = packed_bytes(starts, entries, self._dtype)
+            parts = [parts[i] for i in left]
+        size += sum(self._operand_bytes(e) for name, _, e in parts if e is not tensors[name])
+        return size, {name for name, _, entry in parts if entry is tensors[name]}
 
     def stage(self, delta: Delta) -> Image:
         """What host memory keeps of an artifact: on a CPU operands, for they would be made anew

@@ -54,10 +54,12 @@ class Prober:
             if any(isinstance(piece.operand, LaidOut) for piece in binding.pieces):
                 return BY_ROWS
             if isinstance(layer, DeltaLinear) and binding.leaf == "weight":
-                packed = [p for p in binding.pieces if p.enc.codec in (*MERGEABLE, int4.CODEC)]
+                packed = [p for p in binding.pieces if p.enc.codec != "raw"]
+                if not any(p.enc.codec in (*MERGEABLE, int4.CODEC) for p in packed):
+                    continue
                 kind = " ".join(f"{p.enc.codec} {p.enc.params} {p.enc.shape}" for p in packed)
-                kinds[kind] += bool(packed)
-                if packed and kind not in self._measured:
+                kinds[kind] += 1
+                if kind not in self._measured:
                     self._measured[kind] = _measure(layer.inner.weight, packed)
         totals = [0.0] * len(ROWS)
         for kind, count in kinds.items():
@@ -76,7 +78,9 @@ def _measure(base_NK: torch.Tensor, packed: list[Piece]) -> tuple[float, ...]:
     found = []
     for rows in ROWS:
         x_TK = torch.zeros(rows, base_NK.shape[1], dtype=base_NK.dtype)
-        y_TN = torch.zeros(rows, max(len(base_NK), packed[-1].outputs.stop), dtype=base_NK.dtype)
+        y_TN = torch.zeros(
+            rows, max(len(base_NK), *(p.outputs.stop for p in packed)), dtype=base_NK.dtype
+        )
 
         def work(x: torch.Tensor = x_TK, y: torch.Tensor = y_TN) -> None:
             for piece in packed:

@@ -21,6 +21,6 @@ class GroupedEmbeddings(GroupedDeltas):
         """out: the base's embeddings of ids, zero past its vocabulary -> each token's delta's."""
         from deltaserve.kernels.delta_embedding import launch
 
-        for (kind, _), table in self.tables.items():
+        for (kind, *_), table in self.tables.items():
             if table.operands:
                 launch.embed(kind, table, out_TD, ids_T, slot_T, scale)

@@ -67,7 +67,8 @@ class Table:
 class GroupedDeltas:
     """The weights of one layer that kernels apply, for all deltas of a step at once.
 
-    tables: by kind, and by the output at which their operands start. changes: how often captured
+    tables: by kind, by the output at which their operands start, and by how many of that kind the
+    same delta has there before it (the terms of a sum). changes: how often captured
     launches of this layer have become wrong.
     """
 
@@ -76,7 +77,7 @@ class GroupedDeltas:
         self.name = name
         self.base_NK = base_NK
         self.bias = bias
-        self.tables: dict[tuple[Kind, int], Table] = {}
+        self.tables: dict[tuple[Kind, int, int], Table] = {}
         self.changes = 0
 
     def __len__(self) -> int:
@@ -104,7 +105,9 @@ class GroupedDeltas:
 
     def put(self, slot: int, operand: Operand, start: int = 0) -> None:
         """Cheap: an entry in a table. start: the first output that the operand changes."""
-        key = operand.kind, start
+        key = operand.kind, start, 0
+        while key in self.tables and slot in self.tables[key].operands:
+            key = operand.kind, start, key[2] + 1
         new = key not in self.tables
         table = self.tables.setdefault(key, Table.empty(self.base_NK.device))
         self.changes += table.put(slot, operand) or new
@@ -122,7 +125,7 @@ class GroupedDeltas:
         # Here, because machines without a GPU need no Triton.
         from deltaserve.kernels.delta_matmul import launch
 
-        for (kind, start), table in self.tables.items():
+        for (kind, start, _), table in self.tables.items():
             if table.operands and chunks.touch(table.operands):
                 launch.grouped(kind, table, y_TN[:, start:], x_TK, chunks, len(self.base_NK))
             for segment in chunks.dense:

@@ -42,6 +42,7 @@ MAX_OUTPUTS = 65535 * 64 // MAX_PARTS
 MAX_INPUTS = 65535 * 16
 MAX_WEIGHTS = 8 * 2**31 // MAX_PARTS
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_STORED_BITS = (1, 2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _size_refusal(enc: Encoded) -> str | None:
 
 
 def _int_refusal(params: dict[str, object]) -> str | None:
-    if params["bits"] not in _WORDS:
+    if params["bits"] not in _STORED_BITS:
         return f"{params['bits']} bits"
     if not params["symmetric"]:
         return "asymmetric codes"
@@ -160,24 +161,39 @@ def lay_out(*encs: Encoded) -> Operand:
 def _int(inner: Encoded, enc: Encoded, index_R: torch.Tensor | None) -> Operand:
     """words [P, I, N, L]; scales bf16 [P, G, N]; then the outputs' places where they are listed."""
     rows, columns = matrix_shape(inner.shape)
-    bits, planes = inner.params["bits"], len(inner.tensors["codes"])
+    codes, scales, bits = _in_words(inner, columns)
+    planes = len(codes)
     group = inner.params["group_size"] if inner.params["scale_axis"] == "group" else 0
     lanes = next(width for width in LANES[bits] if group % width == 0)
     width = lanes * CODES_PER_WORD
     tiles = -(-columns // width)
-    codes = unpack_bits(inner.tensors["codes"], bits, columns)
     codes = pad(codes, (0, tiles * width - columns)).view(
         planes, rows, tiles, CODES_PER_WORD, lanes
     )
     words = _merge(codes.transpose(-1, -2), bits).transpose(1, 2).contiguous()
     run, steps, groups = _scale_run(group // lanes, CODES_PER_WORD, tiles)
-    scales = _scales_by_group(inner.tensors["scales"], rows, groups)
+    scales = _scales_by_group(scales, rows, groups)
     kind = Kind("int", bits, lanes, run, indexed=index_R is not None)
     listed = [] if index_R is None else [index_R.contiguous()]
     index_address = listed[0].data_ptr() if listed else 0
     fields = (words.data_ptr(), scales.data_ptr(), index_address, rows, planes, steps)
     parts = (words, scales, *listed)
     return Operand(kind, fields, parts, rows, replace(enc, tensors={}))
+
+
+def _in_words(enc: Encoded, columns: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Codes uint8 [P, N, K], scales [P, ...] and bits of what is stored, at 1, 2 or 4 bits.
+
+    The same numbers: ``(q - 3.5) s`` of 3 bits is ``(q + 4 - 7.5) s`` of 4, and ``(q - 127.5) s``
+    of 8 bits is ``(high - 7.5) 16 s + (low - 7.5) s``.
+    """
+    bits, scales = enc.params["bits"], enc.tensors["scales"]
+    codes = unpack_bits(enc.tensors["codes"], bits, columns)
+    if bits == 3:
+        return codes + 4, scales, 4
+    if bits == 8:
+        return torch.cat([codes >> 4, codes & 15]), torch.cat([16 * scales, scales]), 4
+    return codes, scales, bits
 
 
 def _nm24(enc: Encoded) -> Operand:

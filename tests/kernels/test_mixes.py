@@ -21,7 +21,7 @@ SCALES: st.SearchStrategy[dict[str, Any]] = st.one_of(
 )
 INT = st.builds(
     lambda bits, scales, planes: ("int", {"bits": bits, "planes": planes} | scales),
-    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 3, 4, 8]),
     SCALES,
     st.integers(1, 3),
 )
@@ -33,7 +33,7 @@ NM24 = st.builds(
 LOWRANK = st.builds(lambda rank: ("lowrank", {"rank": rank}), st.integers(1, 100))
 ROWS = st.builds(
     lambda bits, size: ("rows", {"bits": bits, "group_size": size} if bits else {}),
-    st.sampled_from([0, 1, 2, 4]),
+    st.sampled_from([0, 1, 2, 3, 4, 8]),
     st.sampled_from([16, 64, 0]),
 )
 CASES: st.SearchStrategy[Case] = st.one_of(INT, NM24, LOWRANK, ROWS)

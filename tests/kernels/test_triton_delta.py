@@ -226,13 +226,12 @@ def test_detached_operands_do_nothing() -> None:
 @pytest.mark.parametrize(
     ("codec", "params", "reason"),
     [
-        ("int", {"bits": 3}, "3 bits"),
         ("int", {"bits": 4, "symmetric": False}, "asymmetric"),
         ("int", {"bits": 2, "scale_axis": "column"}, "per column"),
         ("int", {"bits": 2, "group_size": 24}, "group size 24"),
         ("nm24", {"bits": 4, "group_size": 32}, "group size 32"),
         ("nm24", {"bits": 8}, "8 bits"),
-        ("rows", {"bits": 8}, "8 bits"),
+        ("rows", {"bits": 4, "group_size": 24}, "group size 24"),
     ],
 )
 def test_what_no_kernel_takes_is_named_once(
