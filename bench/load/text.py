@@ -132,6 +132,12 @@ def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"Requests waited in the client: p99 {1e3 * late:.0f} ms; latencies include it."
     if result["summary"]["empty"]:
         yield f"{result['summary']['empty']} answers had no tokens."
+    if uncounted := result["summary"].get("uncounted"):  # not in results of earlier versions
+        yield f"{uncounted} answers came without usage: their prompts' tokens are unknown, and each"
+        yield "part of such an answer counts as one token, however many it holds."
+    if unstreamed := result["summary"].get("unstreamed"):
+        yield f"{unstreamed} answers were not streamed: their TTFT is that of the whole answer, and"
+        yield "they have no TPOT or ITL."
 
 
 def verdicts(thresholds: list[Mapping[str, Any]]) -> Iterator[str]:
