@@ -111,18 +111,6 @@ def find(result: Any, path: str) -> Any:
     return None
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    write_text(path, json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def read_result(path: Path) -> dict[str, Any]:
     """Raises ConfigError: unreadable, or not a result of this schema."""
     try:
