@@ -65,7 +65,7 @@ def document(measured: Measured, *, detailed: bool = False) -> dict[str, Any]:
         "fairness": fairness(load, weights, workload.service_weights, seconds),
         "slowdown": _slowdowns(measured, tenants),
         "client": _client(run),
-        "server": _server(measured.series),
+        "server": _server(measured.series, workload.settle),
         "requests": _columns(run.records, detailed=detailed),
     }
     result["thresholds"] = [check(result, each) for each in workload.thresholds]
@@ -144,8 +144,8 @@ def _client(run: Run) -> dict[str, Any]:
     }
 
 
-def _server(series: scrape.Series) -> dict[str, Any]:
-    summary = scrape.summarise(series)
+def _server(series: scrape.Series, settle: float) -> dict[str, Any]:
+    summary = scrape.summarise(series, settle)
     values = {name: [value.get(name) for value in series.values] for name in series.names()}
     return {
         **scrape.derived(summary),
