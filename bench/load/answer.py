@@ -31,7 +31,6 @@ class Answer:
     texts: list[str] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
-    streamed: bool = True
     parts: int = 0
     retry_after: float | None = None
 
@@ -80,7 +79,6 @@ async def follow(blocks: AsyncIterator[bytes], answer: Answer, clock: Callable[[
     async for line in lines:
         if line.startswith(b"{"):  # no event begins like this: a document
             rest = [each async for each in lines]
-            answer.streamed = False
             answer.take(json.loads(b"\n".join([line, *rest])), clock())
             return
         if not line.strip():

@@ -83,7 +83,6 @@ class Client:
             output_tokens=answer.counted or len(answer.token_times),
             cached_tokens=answer.cached_tokens,
             counted=answer.counted is not None,
-            streamed=answer.streamed,
             status=status,
             message=one_line(message),
             retry_after=answer.retry_after,

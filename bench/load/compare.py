@@ -167,12 +167,12 @@ def _latencies(result: Mapping[str, Any], name: str) -> np.ndarray:
     scheduled, first, finished = (
         np.array(requests[key], dtype=float)[good] for key in ("scheduled", "first", "finished")
     )
+    gaps = np.array(requests["max_gap"], dtype=float)[good]
     if name == "max_gap":
-        gaps = np.array(requests["max_gap"], dtype=float)[good]
         return gaps[gaps > 0]
     if name == "tpot":
         tokens = np.array(requests["output_tokens"])[good]
-        several = tokens > 1
+        several = (tokens > 1) & (gaps > 0)  # as Record.tpot: not what came in one piece
         return (finished - first)[several] / (tokens[several] - 1)
     return (first if name == "ttft" else finished) - scheduled
 

@@ -32,7 +32,7 @@ class Record:
     scheduled: when it should have been sent; latencies are counted from here. token_times: when
     the parts of the answer came that carry text. finished: when the answer was complete, or had
     failed. Tokens are the server's count; where it gave none (``counted``), a part counts as a
-    token. streamed: not one document. retry_after: seconds that a refusal asks to wait.
+    token. retry_after: seconds that a refusal asks to wait.
     """
 
     tenant: str
@@ -46,7 +46,6 @@ class Record:
     output_tokens: int = 0
     cached_tokens: int = 0
     counted: bool = True
-    streamed: bool = True
     turn: int = 0
     probe: bool = False
     status: int | None = None
@@ -84,10 +83,16 @@ class Record:
 
     @property
     def tpot(self) -> float | None:
-        """(E2E - TTFT) / (tokens - 1); None for fewer than two tokens, and for a document."""
-        if self.output_tokens < 2 or not self.streamed:
+        """(E2E - TTFT) / (tokens - 1); None for fewer than two tokens, or parts with text: one
+        part tells nothing of the time between its tokens."""
+        if self.output_tokens < 2 or self.in_one_piece:
             return None
         return (self.e2e - self.ttft) / (self.output_tokens - 1)
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Several tokens, of which not two came apart."""
+        return self.output_tokens > 1 and len(self.token_times) < 2
 
     @property
     def gaps(self) -> list[float]:

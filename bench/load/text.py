@@ -135,9 +135,9 @@ def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
     if uncounted := result["summary"].get("uncounted"):  # not in results of earlier versions
         yield f"{uncounted} answers came without usage: their prompts' tokens are unknown, and each"
         yield "part of such an answer counts as one token, however many it holds."
-    if unstreamed := result["summary"].get("unstreamed"):
-        yield f"{unstreamed} answers were not streamed: their TTFT is that of the whole answer, and"
-        yield "they have no TPOT or ITL."
+    if whole := result["summary"].get("in_one_piece"):
+        yield f"{whole} answers of several tokens came in one piece, or without text: they have no"
+        yield "TPOT and no ITL, and their TTFT is that of the whole answer."
 
 
 def verdicts(thresholds: list[Mapping[str, Any]]) -> Iterator[str]:

@@ -87,7 +87,7 @@ def test_an_odd_stream_is_an_answer_like_any_other(answer):
     found, requests = result["summary"], result["requests"]
     assert (found["completed"], found["errors"]) == (3, {})
     assert (found["output_tokens"], found["input_tokens"]) == (18, 27)
-    assert (found["uncounted"], found["unstreamed"]) == (0, 0)
+    assert (found["uncounted"], found["in_one_piece"]) == (0, 0)
     assert [len(times) for times in requests["token_times"]] == [3, 3, 3]
     assert found["ttft"]["max"] < found["e2e"]["mean"]  # as it came, not at its end
     assert found["itl"]["count"] == 6
@@ -120,7 +120,7 @@ def test_without_usage_parts_are_counted_and_the_report_says_so():
     assert (found["output_tokens"], found["input_tokens"], found["uncounted"]) == (6, 0, 3)
     said = render(result)
     assert "3 answers came without usage" in said
-    assert "not streamed" not in said
+    assert "in one piece" not in said
 
 
 def test_several_tokens_in_a_part_are_counted_as_the_server_counts():
@@ -147,10 +147,10 @@ def test_a_server_that_does_not_stream(endpoint):
     pretty = json.dumps(document, indent=2).encode()
     result = load(whole(pretty), endpoint=endpoint)
     found = result["summary"]
-    assert (found["completed"], found["output_tokens"], found["unstreamed"]) == (3, 18, 3)
+    assert (found["completed"], found["output_tokens"], found["in_one_piece"]) == (3, 18, 3)
     assert found["tpot"] is None  # not one of zero seconds
     assert found["ttft"]["p50"] == pytest.approx(found["e2e"]["p50"], abs=0.01)
-    assert "3 answers were not streamed" in render(result)
+    assert "3 answers of several tokens came in one piece" in render(result)
 
 
 def late_parts(*late: bytes, kind: str = "text/event-stream") -> Any:
