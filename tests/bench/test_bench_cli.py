@@ -113,6 +113,9 @@ def test_sweep_resumes_and_compare_reads_its_points(server, write, tmp_path, cap
     assert not out.exists()
     assert capsys.readouterr().out.splitlines()[3] == "003 models=2, arrivals.rate=100"
     assert dispatch([*command, "--rate-scale", "2"]) == 0
+    assert [line.rpartition(", ")[2] for line in capsys.readouterr().out.splitlines()[:4]] == [
+        "PASS"
+    ] * 4
     files = sorted(out.glob("*.json"))
     assert files[0].name == "000-models=1_arrivals.rate=100.json"
     check_page((out / "sweep.html").read_text(), "models=2")
