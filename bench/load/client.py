@@ -148,7 +148,8 @@ def connection_failure(error: Exception) -> str:
     """Why nobody could be reached, without the client library's own words around it."""
     cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", error)
     if isinstance(cause, ssl.SSLError):
-        return f"TLS: {getattr(cause, 'verify_message', '') or cause.reason or cause}"
+        reason = getattr(cause, "verify_message", "") or cause.reason or str(cause)
+        return f"TLS: {reason.lower().replace('_', ' ')}"
     number = getattr(cause, "errno", None) or 0
     # Those of name look-ups are negative, and not the system's.
     return os.strerror(number).lower() if number > 0 else str(cause) or type(cause).__name__

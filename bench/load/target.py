@@ -76,6 +76,8 @@ async def look(http: aiohttp.ClientSession, url: str, key: str, who: str) -> lis
             return [Served(model["id"], model.get("parent")) for model in models]
     except TimeoutError as error:
         raise TargetError(f"no server answers at {url}: silent for {LOOK_SECONDS:g} s") from error
+    except aiohttp.ClientResponseError as error:
+        raise TargetError(f"no server answers at {url}: what listens there is not HTTP") from error
     except (aiohttp.ClientError, OSError) as error:
         raise TargetError(f"no server answers at {url}: {connection_failure(error)}") from error
     except (ValueError, KeyError, TypeError):

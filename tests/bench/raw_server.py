@@ -14,7 +14,6 @@ Answer = Callable[[dict], Pieces]
 """Gets the request's body."""
 GAP = 0.01
 """Seconds between pieces, so that each arrives on its own."""
-MODELS = b'{"object": "list", "data": [{"id": "strange"}]}'
 
 
 def head(kind: str = "text/event-stream", *lines: str, status: str = "200 OK") -> bytes:
@@ -27,9 +26,12 @@ def whole(body: bytes, kind: str = "application/json", *lines: str, status: str 
     return [head(kind, f"content-length: {len(body)}", *lines, status=status) + body]
 
 
+MODELS = whole(b'{"object": "list", "data": [{"id": "strange"}]}')
+
+
 class _Server:
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
+    def __init__(self, answer: Answer, models: Pieces) -> None:
+        self._answer, self._models = answer, models
 
     async def meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -41,10 +43,13 @@ class _Server:
             writer.close()
 
     async def _pieces(self, reader: asyncio.StreamReader) -> Pieces:
-        request = await reader.readuntil(b"\r\n\r\n")
+        request = await reader.readexactly(1)
+        if not request.isalpha():  # the hello of TLS
+            return self._models
+        request += await reader.readuntil(b"\r\n\r\n")
         lines = request.decode().lower().split("\r\n")
         if lines[0].startswith("get /v1/models"):
-            return whole(MODELS)
+            return self._models
         if lines[0].startswith("get "):
             return whole(b"{}", status="404 Not Found")
         length = next(line for line in lines if line.startswith("content-length:"))
@@ -52,14 +57,14 @@ class _Server:
 
 
 @contextlib.contextmanager
-def raw_server(answer: Answer) -> Iterator[str]:
-    """Its address."""
+def raw_server(answer: Answer, models: Pieces = MODELS) -> Iterator[str]:
+    """Its address. models: what it says when asked for its models."""
     loop = asyncio.new_event_loop()
     ready = threading.Event()
     address: list[int] = []
 
     async def serve() -> None:
-        server = await asyncio.start_server(_Server(answer).meet, "127.0.0.1", 0)
+        server = await asyncio.start_server(_Server(answer, models).meet, "127.0.0.1", 0)
         address.append(server.sockets[0].getsockname()[1])
         ready.set()
 

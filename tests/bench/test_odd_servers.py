@@ -13,6 +13,7 @@ from deltaserve.bench.load.result import document
 from deltaserve.bench.load.target import TargetError
 from deltaserve.bench.load.text import render
 from deltaserve.bench.load.workload import make_workload
+from deltaserve.errors import DeltaServeError
 from tests.bench.raw_server import Pieces, head, raw_server, whole
 
 USAGE = {"prompt_tokens": 9, "completion_tokens": 6}
@@ -248,6 +249,25 @@ def test_a_failure_is_named(answer, kind, message):
     assert all(message in each for each in result["requests"]["message"])
     assert all("\n" not in each and "<" not in each for each in result["requests"]["message"])
     assert result["ended"] == "complete"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "models", "message"),
+    [
+        ("https", whole(b"{}"), "TLS: wrong version number"),
+        ("http", [b"SSH-2.0-x\r\n"], "what listens there is not HTTP"),
+        ("http", [b""], "Server disconnected"),
+        ("http", whole(b"<h1>Sign in</h1>", status="403 Forbidden"), "the key .*: Sign in"),
+        ("http", whole(b"<h1>Oops</h1>", status="500 Oops"), "lists no models, so name them"),
+        ("http", whole(b'{"data": ["a", 3]}'), "lists no models, so name them"),
+        ("http", whole(b"\xff\xfe", "text/html"), "lists no models, so name them"),
+    ],
+)
+def test_a_server_without_a_list_of_models_is_refused_in_plain_words(scheme, models, message):
+    with raw_server(lambda body: [], models) as url:
+        target = Target(url.replace("http", scheme))
+        with pytest.raises(DeltaServeError, match=message):
+            measure(target, make_workload({}), lambda name, run: None)
 
 
 def test_a_first_request_waits_as_long_as_a_refusal_asks():
