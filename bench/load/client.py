@@ -8,49 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+import os
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import aiohttp
 
+from deltaserve.bench.load.answer import Answer, StreamError, error_message, follow, one_line
 from deltaserve.bench.load.records import Outcome, Record
 from deltaserve.bench.load.workload import Workload
 
-MESSAGE_LENGTH = 300
 Prompt = str | list[int] | list[dict[str, str]]
 """Text, token ids, or chat messages."""
-
-
-class StreamError(Exception):
-    """The stream carried an error instead of the rest of the answer."""
-
-
-@dataclass
-class Answer:
-    """What has come of a streamed answer so far."""
-
-    token_times: list[float] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    usage: dict[str, Any] = field(default_factory=dict)
-    complete: bool = False
-
-    @property
-    def text(self) -> str:
-        return "".join(self.texts)
-
-    def take(self, chunk: dict[str, Any], now: float) -> None:
-        """Raises StreamError for an error, KeyError or TypeError for something else."""
-        if "error" in chunk:
-            error = chunk["error"]
-            raise StreamError(error.get("message") if isinstance(error, dict) else str(error))
-        self.usage = chunk.get("usage") or self.usage
-        for choice in chunk["choices"]:
-            if text := _text(choice):
-                self.token_times.append(now)
-                self.texts.append(text)
-            self.complete |= choice.get("finish_reason") is not None
 
 
 class Asker(Protocol):
@@ -102,18 +73,19 @@ class Client:
             outcome = Outcome.CANCELLED
         except asyncio.CancelledError:
             outcome, message = Outcome.UNFINISHED, "the run ended first"
-        usage = answer.usage
         done = dataclasses.replace(
             record,
             sent=sent,
             finished=self.clock(),
             outcome=outcome,
             token_times=tuple(answer.token_times),
-            prompt_tokens=usage.get("prompt_tokens") or 0,
-            output_tokens=usage.get("completion_tokens") or len(answer.token_times),
-            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+            prompt_tokens=answer.prompt_tokens,
+            output_tokens=answer.counted or len(answer.token_times),
+            cached_tokens=answer.cached_tokens,
+            counted=answer.counted is not None,
             status=status,
-            message=message[:MESSAGE_LENGTH],
+            message=one_line(message),
+            retry_after=answer.retry_after,
         )
         return done, answer.text
 
@@ -129,12 +101,13 @@ class Client:
             ) as response:
                 status = response.status
                 if status != 200:
-                    message = error_message(await response.text())
+                    answer.retry_after = _seconds(response.headers.get("retry-after", ""))
+                    message = error_message(await response.read())
                     if status >= 500:
                         response.close()  # or the next request meets a closing connection
                     return status, message, Outcome.HTTP
-                async for data in _events(response.content):
-                    answer.take(json.loads(data), self.clock())
+                await follow(response.content.iter_any(), answer, self.clock)
+                kind = response.content_type
         except StreamError as error:
             return status, str(error), Outcome.STREAM
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -143,9 +116,13 @@ class Client:
             seconds = self.workload.request_timeout
             return status, f"no end after {seconds:g} s", Outcome.TIMEOUT
         except (aiohttp.ClientConnectorError, ConnectionRefusedError) as error:
-            return status, str(error), Outcome.CONNECT
+            return status, connection_failure(error), Outcome.CONNECT
+        except aiohttp.ClientPayloadError:
+            return status, "the connection closed within the answer", Outcome.DISCONNECTED
         except (aiohttp.ClientError, ConnectionError) as error:
             return status, str(error) or type(error).__name__, Outcome.DISCONNECTED
+        if not answer.parts and not answer.complete and kind != "text/event-stream":
+            return status, f"not a completion: {kind} without an event", Outcome.MALFORMED
         if not answer.complete:
             return status, "the stream ended without a finish_reason", Outcome.DISCONNECTED
         return status, "", Outcome.OK
@@ -167,27 +144,17 @@ def authorization(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def error_message(body: str) -> str:
-    """Of OpenAI's error body, or the body itself."""
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return " ".join(body.split())[:MESSAGE_LENGTH]
+def connection_failure(error: Exception) -> str:
+    """Why nobody could be reached, without the client library's own words around it."""
+    cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", error)
+    if isinstance(cause, ssl.SSLError):
+        reason = getattr(cause, "verify_message", "") or cause.reason or str(cause)
+        return f"TLS: {reason.lower().replace('_', ' ')}"
+    number = getattr(cause, "errno", None) or 0
+    # Those of name look-ups are negative, and not the system's.
+    return os.strerror(number).lower() if number > 0 else str(cause) or type(cause).__name__
 
 
-async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """The data of server-sent events, up to [DONE]."""
-    async for line in content:
-        if line.startswith(b"data:"):
-            data = line[5:].strip()
-            if data == b"[DONE]":
-                return
-            yield data
-
-
-def _text(choice: dict[str, Any]) -> str:
-    """What a choice of a chunk says: a completion's text, or a chat's content or reasoning."""
-    if "text" in choice:
-        return choice["text"] or ""
-    delta = choice.get("delta") or {}
-    return delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning") or ""
+def _seconds(header: str) -> float | None:
+    """Of Retry-After; None where it is absent or a date."""
+    return float(header) if header.strip().isdecimal() else None

@@ -25,6 +25,8 @@ REPLICATES = 1000
 CONFIDENCE = 0.95
 FEWEST = 20
 """Values of which an interval can be made."""
+LEAST = 0.01
+"""Of a ratio: two runs of one server differ by as much, however narrow the intervals are."""
 WINDOWS = 50
 
 Values = list[np.ndarray]
@@ -57,7 +59,7 @@ class Row:
     def verdict(self) -> str:
         if self.low is None or self.high is None:
             return "too few values"
-        if self.low <= 1 <= self.high:
+        if self.low <= 1 <= self.high or abs(self.ratio - 1) < LEAST:
             return "noise"
         return "better" if (self.ratio > 1) == self.more_is_better else "worse"
 
@@ -167,12 +169,12 @@ def _latencies(result: Mapping[str, Any], name: str) -> np.ndarray:
     scheduled, first, finished = (
         np.array(requests[key], dtype=float)[good] for key in ("scheduled", "first", "finished")
     )
+    gaps = np.array(requests["max_gap"], dtype=float)[good]
     if name == "max_gap":
-        gaps = np.array(requests["max_gap"], dtype=float)[good]
         return gaps[gaps > 0]
     if name == "tpot":
         tokens = np.array(requests["output_tokens"])[good]
-        several = tokens > 1
+        several = (tokens > 1) & (gaps > 0)  # as Record.tpot: not what came in one piece
         return (finished - first)[several] / (tokens[several] - 1)
     return (first if name == "ttft" else finished) - scheduled
 

@@ -273,7 +273,7 @@ def _server_series(over_time: Mapping[str, Any], words: Sequence[str]) -> str:
         if any(word in name.removeprefix("deltaserve:") for word in words) and "_limit" not in name
     ]
     charts = []
-    for unit in ("bytes", "seconds", ""):
+    for unit in ("bytes", "seconds", "deltas", "count"):
         names = [n for n in chosen if _unit(n) == unit][:MOST_LINES]
         if not names:
             continue
@@ -286,7 +286,7 @@ def _server_series(over_time: Mapping[str, Any], words: Sequence[str]) -> str:
             for name in names
         }
         heights = [value for points in pairs.values() for _, value in points]
-        chart = Chart(span(over_time["seconds"]), span(heights), "seconds", unit or "count")
+        chart = Chart(span(over_time["seconds"]), span(heights), "seconds", unit)
         for index, (name, points) in enumerate(pairs.items()):
             chart.line(points, colour(index), name)
         charts.append(chart.render())
@@ -294,4 +294,7 @@ def _server_series(over_time: Mapping[str, Any], words: Sequence[str]) -> str:
 
 
 def _unit(name: str) -> str:
-    return next((unit for unit in ("bytes", "seconds") if unit in name), "")
+    """The numbers of deltas are apart from counters, which only rise and would dwarf them."""
+    if name.partition("{")[0].endswith(("deltas", "residency.registered")):
+        return "deltas"
+    return next((unit for unit in ("bytes", "seconds") if unit in name), "count")

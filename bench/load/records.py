@@ -31,7 +31,8 @@ class Record:
 
     scheduled: when it should have been sent; latencies are counted from here. token_times: when
     the parts of the answer came that carry text. finished: when the answer was complete, or had
-    failed. Tokens are the server's count; without one, a part counts as a token.
+    failed. Tokens are the server's count; where it gave none (``counted``), a part counts as a
+    token. retry_after: seconds that a refusal asks to wait.
     """
 
     tenant: str
@@ -44,10 +45,12 @@ class Record:
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
+    counted: bool = True
     turn: int = 0
     probe: bool = False
     status: int | None = None
     message: str = ""
+    retry_after: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -80,10 +83,16 @@ class Record:
 
     @property
     def tpot(self) -> float | None:
-        """(E2E - TTFT) / (tokens - 1); None for fewer than two tokens."""
-        if self.output_tokens < 2:
+        """(E2E - TTFT) / (tokens - 1); None for fewer than two tokens, or parts with text: one
+        part tells nothing of the time between its tokens."""
+        if self.output_tokens < 2 or self.in_one_piece:
             return None
         return (self.e2e - self.ttft) / (self.output_tokens - 1)
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Several tokens, of which not two came apart."""
+        return self.output_tokens > 1 and len(self.token_times) < 2
 
     @property
     def gaps(self) -> list[float]:

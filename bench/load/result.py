@@ -65,7 +65,7 @@ def document(measured: Measured, *, detailed: bool = False) -> dict[str, Any]:
         "fairness": fairness(load, weights, workload.service_weights, seconds),
         "slowdown": _slowdowns(measured, tenants),
         "client": _client(run),
-        "server": _server(measured.series),
+        "server": _server(measured.series, workload.settle),
         "requests": _columns(run.records, detailed=detailed),
     }
     result["thresholds"] = [check(result, each) for each in workload.thresholds]
@@ -111,18 +111,6 @@ def find(result: Any, path: str) -> Any:
     return None
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    write_text(path, json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def read_result(path: Path) -> dict[str, Any]:
     """Raises ConfigError: unreadable, or not a result of this schema."""
     try:
@@ -156,8 +144,8 @@ def _client(run: Run) -> dict[str, Any]:
     }
 
 
-def _server(series: scrape.Series) -> dict[str, Any]:
-    summary = scrape.summarise(series)
+def _server(series: scrape.Series, settle: float) -> dict[str, Any]:
+    summary = scrape.summarise(series, settle)
     values = {name: [value.get(name) for value in series.values] for name in series.names()}
     return {
         **scrape.derived(summary),

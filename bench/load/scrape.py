@@ -119,29 +119,34 @@ def process_usage(pid: int) -> dict[str, float]:
     return {RSS: rss, FDS: descriptors} if rss else {}
 
 
-def summarise(series: Series) -> dict[str, dict[str, float]]:
-    """Of each series: first, last, mean, max, change (last - first), and growth.
-
-    growth: mean of the last quarter of the samples over that of the first, minus 1; a leak has
-    it, the warming of caches at the beginning less so.
-    """
-    result = {}
+def summarise(series: Series, settle: float = 0.0) -> dict[str, dict[str, float | None]]:
+    """Of each series: first, last, mean, max, change (last - first), and growth after ``settle``
+    seconds."""
+    result: dict[str, dict[str, float | None]] = {}
     for name in series.names():
-        values = [value for _, value in series.of(name)]
-        quarter = max(1, len(values) // 4)
-        begin, end = sum(values[:quarter]) / quarter, sum(values[-quarter:]) / quarter
+        samples = series.of(name)
+        values = [value for _, value in samples]
         result[name] = {
             "first": values[0],
             "last": values[-1],
             "mean": sum(values) / len(values),
             "max": max(values),
             "change": values[-1] - values[0],
-            "growth": end / begin - 1 if begin else 0.0,
+            "growth": _growth([value for time, value in samples if time >= settle]),
         }
     return result
 
 
-def derived(summary: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def _growth(values: list[float]) -> float | None:
+    """Mean of the last quarter over that of the first, minus 1; None without two quarters."""
+    quarter = max(1, len(values) // 4)
+    if len(values) < 2 * quarter:
+        return None
+    begin, end = sum(values[:quarter]), sum(values[-quarter:])
+    return end / begin - 1 if begin else 0.0
+
+
+def derived(summary: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
     """Shares and rates that people ask for, from whichever names the server has."""
 
     def change(*names: str) -> float | None:

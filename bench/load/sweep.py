@@ -23,7 +23,16 @@ from deltaserve.bench.load.svg import Chart, colour, span
 from deltaserve.bench.load.workload import Workload, make_workload, with_settings
 from deltaserve.errors import ConfigError
 
-COLUMNS = ("requests", "failed", "output_throughput", "ttft_p50", "ttft_p99", "tpot_p50", "e2e_p50")
+COLUMNS = {
+    "requests": "requests",
+    "failed": "failed",
+    "output_throughput": "tokens/s",
+    "ttft_p50": "TTFT p50 ms",
+    "ttft_p99": "TTFT p99 ms",
+    "tpot_p50": "TPOT p50 ms",
+    "e2e_p50": "E2E p50 ms",
+}
+"""Of a row, and what people call them."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +88,17 @@ def done(point: Point, folder: Path) -> dict[str, Any] | None:
 
 
 def row(point: Point, result: Mapping[str, Any]) -> dict[str, Any]:
-    """What the overview shows of a point. Latencies in seconds."""
+    """What the overview shows of a point. Latencies in milliseconds, as in a run's report."""
     summary = result["summary"]
     numbers = {
-        f"{name}_{which}": summary[name] and summary[name][which]
+        f"{name}_{which}": summary[name] and 1e3 * summary[name][which]
         for name, which in (("ttft", "p50"), ("ttft", "p99"), ("tpot", "p50"), ("e2e", "p50"))
     }
     chosen = {key: summary[key] for key in ("requests", "failed", "output_throughput")}
     return {
         "settings": {key: label(value) for key, value in point.settings},
         "file": point.file,
+        "ended": result["ended"],
         "passed": all(each["passed"] for each in result["thresholds"]),
         **chosen,
         **numbers,
@@ -99,20 +109,30 @@ def overview(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """The sweep as one HTML page: throughput against latency, and all numbers."""
     keys = list(rows[0]["settings"]) if rows else []
     cells = [
-        [*each["settings"].values(), *(_number(each[column]) for column in COLUMNS)]
+        [*each["settings"].values(), verdict(each), *(_number(each[column]) for column in COLUMNS)]
         for each in rows
     ]
-    sections = [("All points", table([*keys, *COLUMNS], cells))]
+    sections = [("All points", table([*keys, "", *COLUMNS.values()], cells))]
     for measure in ("ttft_p50", "e2e_p50"):
-        sections.insert(0, (f"Throughput against {measure}", _curves(rows, measure)))
+        sections.insert(
+            0,
+            (f"Throughput against {COLUMNS[measure].removesuffix(' ms')}", _curves(rows, measure)),
+        )
     return page(f"Sweep: {name}", sections)
 
 
 def text(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for each in rows:
         settings = ", ".join(f"{key}={value}" for key, value in each["settings"].items())
-        numbers = ", ".join(f"{column} {_number(each[column])}" for column in COLUMNS)
-        yield f"{settings}: {numbers}"
+        numbers = ", ".join(f"{name} {_number(each[key])}" for key, name in COLUMNS.items())
+        yield f"{settings}: {numbers}, {verdict(each)}"
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Of its thresholds, if it was measured to its end."""
+    if row["ended"] != "complete":
+        return str(row["ended"])
+    return "PASS" if row["passed"] else "FAIL"
 
 
 def label(value: Any) -> str:
@@ -125,23 +145,25 @@ def label(value: Any) -> str:
 def _curves(rows: Sequence[Mapping[str, Any]], measure: str) -> str:
     """One curve for each combination of the other axes; along it, the last one."""
     curves: dict[str, list[tuple[float, float]]] = {}
+    tips: dict[str, list[str]] = {}
     for each in rows:
         if each[measure] is not None:
-            *others, _ = each["settings"].items()
-            name = ", ".join(f"{key}={value}" for key, value in others) or "all"
+            *others, last = (f"{key}={value}" for key, value in each["settings"].items())
+            name = ", ".join(others) or "all"
             curves.setdefault(name, []).append((each["output_throughput"], each[measure]))
+            tips.setdefault(name, []).append(last)
     flat = [point for curve in curves.values() for point in curve]
     chart = Chart(
         span([x for x, _ in flat]),
         span([y for _, y in flat]),
         "generated tokens per second",
-        f"{measure}, seconds",
+        COLUMNS[measure],
     )
     for index, (name, curve) in enumerate(curves.items()):
-        chart.line(sorted(curve), colour(index), name)
-        chart.dots(curve, colour(index), name, [name] * len(curve))
+        chart.line(curve, colour(index), name)
+        chart.dots(curve, colour(index), name, tips[name])
     return chart.render()
 
 
 def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)

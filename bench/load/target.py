@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from deltaserve.bench.load.client import Client, Prompt, authorization, error_message
+from deltaserve.bench.load.answer import error_message
+from deltaserve.bench.load.client import Client, Prompt, authorization, connection_failure
 from deltaserve.bench.load.plan import Served
 from deltaserve.bench.load.prompts import Renderer
 from deltaserve.bench.load.records import Outcome, Record
@@ -27,6 +28,8 @@ BUSY = (429, 503)
 UNKNOWN_FIELD = (400, 422)
 BUSY_RETRIES = 4
 BUSY_SECONDS = 0.25
+BUSY_PATIENCE = 30.0
+"""The longest time that a refusal may ask to wait (Retry-After)."""
 
 
 class TargetError(DeltaServeError):
@@ -64,16 +67,19 @@ async def look(http: aiohttp.ClientSession, url: str, key: str, who: str) -> lis
             f"{url}/v1/models", headers=authorization(key), timeout=timeout
         ) as response:
             if response.status in (401, 403):
-                said = error_message(await response.text())
+                said = error_message(await response.read())
                 raise TargetError(f"{url} refuses the key of {who}: {said}")
             if response.status != 200:
                 response.close()  # a server that failed may be about to close it too
                 return []
             models = (await response.json(content_type=None))["data"]
             return [Served(model["id"], model.get("parent")) for model in models]
-    except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        reason = str(error) or type(error).__name__
-        raise TargetError(f"no server answers at {url}: {reason}") from error
+    except TimeoutError as error:
+        raise TargetError(f"no server answers at {url}: silent for {LOOK_SECONDS:g} s") from error
+    except aiohttp.ClientResponseError as error:
+        raise TargetError(f"no server answers at {url}: what listens there is not HTTP") from error
+    except (aiohttp.ClientError, OSError) as error:
+        raise TargetError(f"no server answers at {url}: {connection_failure(error)}") from error
     except (ValueError, KeyError, TypeError):
         return []
 
@@ -149,7 +155,10 @@ async def _ask(client: Client, model: str, prompt: Prompt, tokens: int, key: str
             raise asyncio.CancelledError
         if record.status not in BUSY and record.outcome is not Outcome.DISCONNECTED:
             break
-        await asyncio.sleep(BUSY_SECONDS * 2**attempt)
+        wait = record.retry_after or BUSY_SECONDS * 2**attempt
+        if wait > BUSY_PATIENCE:
+            break
+        await asyncio.sleep(wait)
     if not record.ok:
         hint = ""
         if record.status in UNKNOWN_FIELD and client.workload.ignore_eos:

@@ -132,6 +132,12 @@ def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"Requests waited in the client: p99 {1e3 * late:.0f} ms; latencies include it."
     if result["summary"]["empty"]:
         yield f"{result['summary']['empty']} answers had no tokens."
+    if uncounted := result["summary"].get("uncounted"):  # not in results of earlier versions
+        yield f"{uncounted} answers came without usage: their prompts' tokens are unknown, and each"
+        yield "part of such an answer counts as one token, however many it holds."
+    if whole := result["summary"].get("in_one_piece"):
+        yield f"{whole} answers of several tokens came in one piece, or without text: they have no"
+        yield "TPOT and no ITL, and their TTFT is that of the whole answer."
 
 
 def verdicts(thresholds: list[Mapping[str, Any]]) -> Iterator[str]:

@@ -172,6 +172,9 @@ class Workload:
     """Seconds without a listening server after which the run ends."""
     scrape: float = 1.0
     """Seconds between looks at the server's metrics."""
+    settle: float = 0.0
+    """Seconds at the beginning that the ``growth`` of these leaves out: processes start then, and
+    caches fill."""
     slo: Slo = Slo()
     probes: Probes | None = None
     service_weights: tuple[float, float] = (1.0, 2.0)
@@ -184,7 +187,9 @@ class Workload:
         positive(max_time=self.max_time, max_requests=self.max_requests, give_up=self.give_up)
         positive(max_concurrency=self.max_concurrency, request_timeout=self.request_timeout)
         positive(scrape=self.scrape)
-        not_negative(warmup=self.warmup, temperature=self.temperature, seed=self.seed)
+        not_negative(
+            warmup=self.warmup, settle=self.settle, temperature=self.temperature, seed=self.seed
+        )
         names = [tenant.name for tenant in self.tenants]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two tenants are called {twice!r}")

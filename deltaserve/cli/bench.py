@@ -14,8 +14,9 @@ from deltaserve.bench.load import compare as comparing
 from deltaserve.bench.load import sweep as sweeping
 from deltaserve.bench.load import text
 from deltaserve.bench.load.execute import Target, measure
+from deltaserve.bench.load.output import check_file, check_result, write_json, write_text
 from deltaserve.bench.load.page import report
-from deltaserve.bench.load.result import Measured, document, write_json, write_text
+from deltaserve.bench.load.result import Measured, document
 from deltaserve.bench.load.runner import COMPLETE, INTERRUPTED, MAX_TIME, SERVER_DIED
 from deltaserve.bench.load.target import check_url
 from deltaserve.bench.load.workload import read_workload, with_settings
@@ -78,6 +79,8 @@ def serve(
     flags = {"requests": requests, "duration": duration, "max_time": max_time}
     flags |= {"max_requests": max_requests, "seed": seed}
     test = workload_of(workload, flags, rate, closed, set_, goodput)
+    if out is not None:
+        check_result(out)
     with (
         _target(url, spawn, (api_key, admin_key), allow_remote) as (target, server),
         progress() as show,
@@ -114,6 +117,8 @@ def sweep(
         return 0
     if not resume and out.is_dir() and any(out.glob("*.json")):
         raise ConfigError(f"{out} already holds results: say --resume, or choose another --out")
+    overview = out / "sweep.html"
+    check_file(overview)
     rows: list[dict[str, Any]] = []
     code = 0
     with _target(url, spawn, (api_key, admin_key), allow_remote) as (target, server):
@@ -126,11 +131,12 @@ def sweep(
                 write_json(out / point.file, result)
                 code = max(code, _exit_code(measured, result, server))
             rows.append(sweeping.row(point, result))
+            code = max(code, 0 if rows[-1]["passed"] else MISSED)  # also one of before --resume
             print(*sweeping.text(rows[-1:]), flush=True)
-            write_text(out / "sweep.html", sweeping.overview(str(content["name"]), rows))
+            write_text(overview, sweeping.overview(str(content["name"]), rows))
             if code == CTRL_C or result["ended"] == SERVER_DIED:
                 break
-    print(f"wrote {out / 'sweep.html'}")
+    print(f"wrote {overview}")
     return code
 
 

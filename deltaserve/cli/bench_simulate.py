@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from deltaserve.bench.load import text
+from deltaserve.bench.load.output import check_file, check_result, write_json, write_text
 from deltaserve.bench.load.page import report
-from deltaserve.bench.load.result import document, write_json, write_text
+from deltaserve.bench.load.result import document
 from deltaserve.bench.load.runner import INTERRUPTED
 from deltaserve.cli.bench_options import (
     CTRL_C,
@@ -66,6 +67,8 @@ def simulate(
     flags |= {"max_requests": max_requests, "seed": seed}
     test = workload_of(workload, flags, rate, closed, set_, goodput)
     installation = changed(read_system(system), replicas=replicas, deltas=deltas)
+    if out is not None:
+        check_result(out)
     with progress() as show:
         measured = run(installation, test, show)
     result = document(measured, detailed=save_detailed)
@@ -86,6 +89,7 @@ def calibrate(result: Measurement, system: SystemFile, out: OutSystem) -> None:
     from deltaserve.bench.simulate.calibrate import calibrate as fit  # torch
     from deltaserve.bench.simulate.system import as_yaml, read_system
 
+    check_file(out)
     found = fit(read_system(system), read_result(result))
     write_text(out, as_yaml(found.system))
     for line in found.lines():

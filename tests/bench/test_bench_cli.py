@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import xml.dom.minidom
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +113,9 @@ def test_sweep_resumes_and_compare_reads_its_points(server, write, tmp_path, cap
     assert not out.exists()
     assert capsys.readouterr().out.splitlines()[3] == "003 models=2, arrivals.rate=100"
     assert dispatch([*command, "--rate-scale", "2"]) == 0
+    assert [line.rpartition(", ")[2] for line in capsys.readouterr().out.splitlines()[:4]] == [
+        "PASS"
+    ] * 4
     files = sorted(out.glob("*.json"))
     assert files[0].name == "000-models=1_arrivals.rate=100.json"
     check_page((out / "sweep.html").read_text(), "models=2")
@@ -154,7 +158,8 @@ def test_shipped_workloads_run(config, server, tmp_path, capsys):
         (["serve"], "either --url or --spawn"),
         (["serve", "--url", "http://127.0.0.1:9", "--spawn", "x"], "either --url or --spawn"),
         (["serve", "--url", "127.0.0.1:9"], "is no address"),
-        (["serve", "--url", "http://127.0.0.1:9"], "no server answers at"),
+        (["serve", "--url", "http://127.0.0.1:9"], "at http://127.0.0.1:9: connection refused"),
+        (["serve", "--url", "https://127.0.0.1:9"], "at https://127.0.0.1:9: connection refused"),
         (["serve", "--url", "http://192.0.2.1"], "is another machine: say --allow-remote"),
         (["serve", "nowhere.yaml", "--url", "http://127.0.0.1:9"], "nowhere.yaml: No such file"),
         (["serve", "--url", "http://127.0.0.1:9", "--set", "x"], "given as KEY=VALUE"),
@@ -186,6 +191,62 @@ def test_a_dead_server_is_exit_code_one_with_a_partial_report(write, capsys, tmp
     assert "PARTIAL: the run ended early: server died" in said.out
     assert "the server died" in said.err
     assert json.loads(out.read_text())["summary"]["completed"] > 0
+
+
+def nowhere(tmp_path: Path) -> dict[str, Path]:
+    """Places where no file can be, also for an administrator."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "taken.html").mkdir()
+    return {
+        "not a directory": tmp_path / "file" / "r.json",
+        "it is not a file": tmp_path / "folder.json",
+        "taken.html cannot be written: it is not a file": tmp_path / "taken.json",
+        "names the JSON": tmp_path / "r.html",
+        "file name too long": tmp_path / f"{'r' * 300}.json",
+        "no such file": Path("/proc/nothing/r.json"),
+    }
+
+
+@pytest.mark.parametrize("command", ["serve", "simulate"])
+def test_an_out_that_cannot_be_is_refused_before_the_run(command, write, tmp_path, capsys):
+    behaviour = Behaviour()
+    with fake_server(behaviour) as server:
+        where = ["--url", server.url, write(requests=1)]
+        if command == "simulate":
+            where = ["--system", "configs/simulate/cpu.yaml"]
+        for reason, out in nowhere(tmp_path).items():
+            assert dispatch(["bench", command, *where, "--out", str(out)]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert reason in line
+    assert behaviour.seen == []
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_sweep_and_a_calibration_refuse_such_an_out_too(server, write, tmp_path, capsys):
+    file = write(requests=1, sweep={"output": [1]})
+    out = nowhere(tmp_path)["not a directory"]
+    assert dispatch(["bench", "sweep", file, "--url", server.url, "--out", str(out)]) == 2
+    assert "not a directory" in capsys.readouterr().err
+    system = ["--system", "configs/simulate/cpu.yaml", "--out", str(out)]
+    assert dispatch(["bench", "calibrate", "r.json", *system]) == 2
+    assert "not a directory" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(server, write, tmp_path, capsys):
+    """A limit on the size of files is as good: the write fails in its midst."""
+    out = tmp_path / "r.json"
+    command = ["bench", "serve", write(requests=3, output=2), "--url", server.url]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert dispatch([*command, "--out", str(out)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr()
+    assert "Serving Benchmark Result" in said.out
+    assert f"{out} cannot be written: file too large" in said.err
+    assert list(tmp_path.iterdir()) == [tmp_path / "w.yaml"]
 
 
 def test_only_this_machine_unless_allowed():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaserve.bench.load import compare as compare_module
-from deltaserve.bench.load.compare import compare, read_side, render
+from deltaserve.bench.load.compare import Row, compare, read_side, render
 from deltaserve.bench.load.fairness import fairness, jain
 from deltaserve.bench.load.records import Outcome, Record
 from deltaserve.bench.load.result import SCHEMA
@@ -61,6 +61,11 @@ def test_a_real_difference_is_found():
     found = verdicts([made_up(1)], [made_up(2, slower=1.2)])
     assert found["ttft mean"] == found["ttft p50"] == found["e2e mean"] == "worse"
     assert verdicts([made_up(1)], [made_up(2, slower=0.8)])["ttft mean"] == "better"
+
+
+def test_less_than_a_percent_is_noise_however_narrow_the_interval():
+    assert Row("tpot mean", 1.0, 1.005, 1.004, 1.006).verdict == "noise"
+    assert Row("tpot mean", 1.0, 1.012, 1.011, 1.013).verdict == "worse"
 
 
 @pytest.mark.parametrize("correlated", [False, True])

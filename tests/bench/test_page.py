@@ -46,9 +46,13 @@ def test_residency_is_only_what_says_so():
         "deltaserve:tenant_queue_seconds_total 5\n"
         'deltaserve:deltas{tier="device"} 2\n'
         'deltaserve:tier_limit_bytes{tier="host"} 9\n'
+        "vllm:lora_requests_total 7000\n"
     )
     found = run(Behaviour(metrics=metrics), **steady(20, 4), output=1)
     section = report(found).partition("Residency over time")[2].partition("</section>")[0]
     assert "deltaserve:deltas" in section
     assert "queue" not in section
     assert "limit" not in section
+    charts = section.split('<div class="legend">')[1:]  # a counter would dwarf the few deltas
+    assert ["deltaserve:deltas" in each for each in charts] == [True, False]
+    assert ["lora_requests" in each for each in charts] == [False, True]
