@@ -34,6 +34,9 @@ def check_against_reference(
     ]
     trace = run(engine, requests)
     assert engine.stats().mixed_steps > 0
+    for version in engine.residency.catalogue.versions():
+        assert version.operands is not None
+        assert version.operands.num_bytes == version.needs.device_bytes
     for request in requests:
         tokens, logits = reference(checkpoints[request.model], list(request.prompt_ids), MAX_TOKENS)
         served = torch.stack(trace.logits[request.request_id])
@@ -56,6 +59,12 @@ def test_raw_deltas_equal_the_fine_tunes(family: str, tmp_path: Path) -> None:
     check_against_reference(base, deltas, checkpoints)
 
 
+TERMS = [
+    {"codec": "int", "bits": 1, "group_size": 32},
+    {"codec": "int", "bits": 1, "group_size": 0},
+    {"codec": "lowrank", "rank": 4, "bits": 4},
+    {"codec": "lowrank", "rank": 2},
+]
 LOSSY = {
     "int1": ("int", {"bits": 1, "planes": 2, "group_size": 32}),
     "int2": ("int", {"bits": 2, "group_size": 32}),
@@ -64,6 +73,8 @@ LOSSY = {
     "int8": ("int", {"bits": 8, "scale_axis": "column"}),
     "nm24": ("nm24", {"bits": 4}),
     "lowrank": ("lowrank", {"rank": 8}),
+    "lowrank3": ("lowrank", {"rank": 8, "bits": 3}),
+    "sum": ("sum", {"terms": TERMS}),
     "nf4": ("nf4", {}),
     "xor": ("xor", {}),
     "rows": ("rows", {}),
@@ -90,7 +101,7 @@ def test_lossy_deltas_equal_their_exported_checkpoints(
 ) -> None:
     base, tunes = family_with_tunes
     name, params = LOSSY[codec]
-    vocabulary = {} if name in ("xor",) else {"vocabulary_codec": name, "vocabulary_params": params}
+    vocabulary = {} if name in ("xor", "sum") else {"vocabulary_codec": name, "vocabulary_params": params}
     deltas, checkpoints = {}, {BASE: base}
     for tune in tunes:
         delta = tmp_path / f"{tune.name}.delta"
