@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -40,6 +40,7 @@ MAX_FORCED = 256
 """Bytes that a grammar leaves no choice about and that are encoded at once. There may be
 millions, which would be encoded anew for each token while all other requests wait."""
 WAIT_SECONDS = 0.005
+THREADS = 4
 
 
 class Matcher(Protocol):
@@ -262,13 +263,24 @@ class Compiler:
         return self._vocabularies.setdefault(key, vocabulary)
 
 
+@dataclass(eq=False)
+class _Wait:
+    """A request's grammar. future: of its compilation, once that has begun."""
+
+    tenant: str
+    work: Callable[[], GrammarMatcher]
+    future: Future[GrammarMatcher] | None = None
+
+
 class Preparing:
-    """Requests that wait for their grammar."""
+    """Requests that wait for their grammar. Oldest first, but one tenant's leave a thread to the
+    others'."""
 
     def __init__(self) -> None:
         self._compiler = Compiler()
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="deltaserve-grammar")
-        self._waiting: dict[Sequence, Future[GrammarMatcher]] = {}
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="deltaserve-grammar")
+        self._waiting: dict[Sequence, _Wait] = {}
+        self._busy: list[tuple[str, Future[GrammarMatcher]]] = []
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -276,9 +288,23 @@ class Preparing:
     def add(self, seq: Sequence, vocabulary: Vocabulary) -> None:
         sampling = seq.request.sampling
         assert sampling.grammar is not None
-        self._waiting[seq] = self._pool.submit(
+        work = partial(
             self._compiler.matcher, sampling.grammar, vocabulary, sampling.stop_token_ids
         )
+        self._waiting[seq] = _Wait(seq.request.tenant, work)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Give free threads work. What was dropped keeps its thread until it ends."""
+        self._busy = [(tenant, future) for tenant, future in self._busy if not future.done()]
+        running = Counter(tenant for tenant, _ in self._busy)
+        for wait_ in self._waiting.values():
+            if len(self._busy) == THREADS:
+                return
+            if wait_.future is None and running[wait_.tenant] < THREADS - 1:
+                wait_.future = self._pool.submit(wait_.work)
+                self._busy.append((wait_.tenant, wait_.future))
+                running[wait_.tenant] += 1
 
     def __contains__(self, request_id: str) -> bool:
         return any(seq.request.request_id == request_id for seq in list(self._waiting))
@@ -287,16 +313,18 @@ class Preparing:
         """Forget a request, if it waits here."""
         for seq in self._waiting:
             if seq.request.request_id == request_id:
-                self._waiting.pop(seq).cancel()
+                del self._waiting[seq]
                 return True
         return False
 
     def take(self) -> tuple[list[Sequence], list[TokenEvent]]:
         """The sequences whose grammar is ready, and the ends of those for which it failed."""
         ready, failed = [], []
-        for seq in [seq for seq, future in self._waiting.items() if future.done()]:
+        done = [(seq, w.future) for seq, w in self._waiting.items() if w.future and w.future.done()]
+        for seq, future in done:
+            del self._waiting[seq]
             try:
-                seq.matcher = self._waiting.pop(seq).result()
+                seq.matcher = future.result()
                 ready.append(seq)
             except Exception as error:  # whatever a tokenizer's files hold, the others go on
                 if not isinstance(error, DeltaServeError):
@@ -304,9 +332,10 @@ class Preparing:
                 wrong = isinstance(error, RequestError)
                 reason = FinishReason.REFUSED if wrong else FinishReason.ERROR
                 failed.append(TokenEvent(seq.request.request_id, (), reason, str(error)))
+        self._begin()
         return ready, failed
 
     def wait(self) -> None:
         """Until one is ready, but not long: for an engine that has nothing else to do."""
         if self._waiting:
-            wait(self._waiting.values(), WAIT_SECONDS, FIRST_COMPLETED)
+            wait([future for _, future in self._busy], WAIT_SECONDS, FIRST_COMPLETED)

@@ -101,7 +101,9 @@ def test_lossy_deltas_equal_their_exported_checkpoints(
 ) -> None:
     base, tunes = family_with_tunes
     name, params = LOSSY[codec]
-    vocabulary = {} if name in ("xor", "sum") else {"vocabulary_codec": name, "vocabulary_params": params}
+    vocabulary = (
+        {} if name in ("xor", "sum") else {"vocabulary_codec": name, "vocabulary_params": params}
+    )
     deltas, checkpoints = {}, {BASE: base}
     for tune in tunes:
         delta = tmp_path / f"{tune.name}.delta"
