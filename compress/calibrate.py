@@ -20,7 +20,7 @@ from deltaserve.compress.hessian import Hessian
 from deltaserve.compress.layers import LayerWalk
 from deltaserve.compress.plan import Plan
 from deltaserve.compress.text import Text
-from deltaserve.compress.weights import reconstruct
+from deltaserve.compress.weights import Table, reconstruct
 from deltaserve.compress.work import Work
 from deltaserve.errors import CheckpointError
 
@@ -82,9 +82,12 @@ def calibrated_changes(pair: Pair, plan: Plan, stage: str) -> Generator[None, No
 
     [change] = work.changes(f"{stage}/embedding", first)
     walk = LayerWalk(
-        pair.model, [pair.fit.samples], pair.rebuilt(change), work.folder(f"{stage}/in"),
+        pair.model,
+        [pair.fit.samples],
+        Table(change.enc, pair.base.tensor(embedding)),
+        work.folder(f"{stage}/in"),
         pair.device,
-    )  # fmt: skip
+    )
     files = [f"{stage}/embedding"]
     for layer in range(len(walk)):
         files.append(f"{stage}/layer-{layer:05d}")

@@ -30,7 +30,7 @@ from deltaserve.compress.sensitivity import (
     at_the_head,
     through_layer,
 )
-from deltaserve.compress.weights import reconstruct
+from deltaserve.compress.weights import Table, reconstruct
 
 
 def _int(bits: int, group_size: int = 0, **rest: Any) -> CodecChoice:
@@ -69,7 +69,7 @@ def measure_candidates(pair: Pair, seed: int) -> Generator[None, None, dict[str,
 
     In memory: a decoder layer and its gradients, the Hessians of its projections.
     """
-    work, embedding = pair.work, pair.model.tensor(pair.embedding).float()
+    work, embedding = pair.work, Table(None, pair.model.tensor(pair.embedding))
     walk = LayerWalk(
         pair.model, [pair.fit.samples], embedding, work.folder("measure/in"), pair.device
     )
@@ -84,7 +84,7 @@ def measure_candidates(pair: Pair, seed: int) -> Generator[None, None, dict[str,
     head: Cost | None = None
     if work.get("measure/head.json") is None or not _below(grads, len(walk)):
         cap = getattr(pair.model.hf_config.get_text_config(), "final_logit_softcapping", None)
-        norm, values = pair.model.tensor(NORM).float(), pair.model.tensor(HEAD).float()
+        norm, values = pair.model.tensor(NORM).float(), Table(None, pair.model.tensor(HEAD))
         head = at_the_head(walk, grads, norm, values, cap, seed)
         work.put("measure/head.json", _rows(_of_head(pair, head)))
     for layer in reversed(range(len(walk))):
@@ -134,7 +134,7 @@ def _head_again(pair: Pair, walk: LayerWalk, head: Cost | None, seed: int) -> Co
             tuple(ids_BT.shape) for _, ids_BT, _ in walk.batches  # type: ignore[misc]
         ], pair.model.tensor(NORM).shape[0])  # fmt: skip
         cap = getattr(pair.model.hf_config.get_text_config(), "final_logit_softcapping", None)
-        norm, values = pair.model.tensor(NORM).float(), pair.model.tensor(HEAD).float()
+        norm, values = pair.model.tensor(NORM).float(), Table(None, pair.model.tensor(HEAD))
         head = at_the_head(walk, again, norm, values, cap, seed)
     return head
 

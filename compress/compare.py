@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from deltaserve.compress.weights import BLOCK, Table
+
 # Elements of a chunk of logits.
 CHUNK = 1 << 22
-BLOCK = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Tokens:
 def compare_tokens(
     mine_ND: torch.Tensor,
     theirs_ND: torch.Tensor,
-    mine_VD: torch.Tensor,
-    theirs_VD: torch.Tensor,
+    mine_VD: Table,
+    theirs_VD: Table,
     targets_N: torch.Tensor,
     cap: float | None,
 ) -> Tokens:
@@ -66,8 +67,8 @@ def compare_tokens(
 def _compare(
     mine_ND: torch.Tensor,
     theirs_ND: torch.Tensor,
-    mine_VD: torch.Tensor,
-    theirs_VD: torch.Tensor,
+    mine_VD: Table,
+    theirs_VD: Table,
     targets_N: torch.Tensor,
     cap: float | None,
 ) -> Tokens:
@@ -89,7 +90,7 @@ class _Side:
     """One of the two: log of the normaliser, the most likely token, -log p of the target."""
 
     def __init__(
-        self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor,
+        self, hidden_ND: torch.Tensor, head_VD: Table, targets_N: torch.Tensor,
         cap: float | None,
     ) -> None:  # fmt: skip
         self._hidden_ND, self._head_VD, self._cap = hidden_ND, head_VD, cap
@@ -112,6 +113,6 @@ class _Side:
 
     def logits(self) -> Iterator[torch.Tensor]:
         """[N, B] of every block of the vocabulary."""
-        for rows_BD in self._head_VD.split(BLOCK):
-            logits_NB = self._hidden_ND @ rows_BD.to(self._hidden_ND.device).float().T
+        for rows_BD in self._head_VD.blocks():
+            logits_NB = self._hidden_ND @ rows_BD.to(self._hidden_ND.device).T
             yield self._cap * (logits_NB / self._cap).tanh() if self._cap else logits_NB

@@ -49,7 +49,7 @@ def judge(
     Raises CompatibilityError if the two have different vocabularies.
     """
     assert base.embedding is not None
-    tables = [source(base.embedding) for source in (mine, theirs)]
+    tables = [source.table(base.embedding) for source in (mine, theirs)]
     if tables[0].shape != tables[1].shape:
         raise CompatibilityError(
             f"the fine-tune has {len(tables[0])} tokens, base + delta has {len(tables[1])}; "
@@ -77,7 +77,7 @@ def _heads(
     texts: Sequence[Sequence[Sample]],
     cap: float | None,
 ) -> list[list[Read]]:
-    norms, heads = ([source(name) for source in sources] for name in (NORM, HEAD))
+    norms, heads = [s(NORM) for s in sources], [s.table(HEAD) for s in sources]
     found: list[list[Read]] = [[] for _ in texts]
     waiting = [iter(sorted(samples, key=lambda s: len(s.tokens))) for samples in texts]
     for number, (text, ids_BT, lengths) in enumerate(walks[0].batches):

@@ -20,6 +20,7 @@ from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.compress.activations import Activations
 from deltaserve.compress.models import quiet
 from deltaserve.compress.text import Sample, batches
+from deltaserve.compress.weights import Table
 from deltaserve.errors import CheckpointError
 
 ROOT = "model."
@@ -64,11 +65,11 @@ class LayerWalk:
         self,
         checkpoint: Checkpoint,
         texts: Sequence[Sequence[Sample]],
-        embedding: torch.Tensor,
+        embedding: Table,
         folder: Path,
         device: str,
     ) -> None:
-        """texts: batches never mix them. embedding: [V, D] float32. folder: for activations.
+        """texts: batches never mix them. embedding: [V, D]. folder: for activations.
 
         Raises CheckpointError for models without such layers.
         """
@@ -77,20 +78,22 @@ class LayerWalk:
         # Only "eager" caps attention scores, but it holds all of them in memory.
         capped = getattr(config, "attn_logit_softcapping", None)
         config._attn_implementation = "eager" if capped else "sdpa"
-        config.vocab_size = len(embedding)
-        shell, self._layer = _shell(config, checkpoint)
-        shell.embed_tokens.weight = nn.Parameter(embedding, requires_grad=False)
-        self._norm, self._config = shell.norm, config
-        shell.norm = nn.Identity()
-        kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
-        shell.layers = nn.ModuleList(Recorder(kind) for kind in kinds)
-        shell.to(device).eval()
         # (text, ids [B, T], lengths) of each batch.
         self.batches = [
             (number, ids_BT, lengths)
             for number, samples in enumerate(texts)
             for ids_BT, lengths in batches(samples)
         ]
+        # Only the rows that occur: a vocabulary can be larger than many layers.
+        self._ids = torch.cat([ids_BT.flatten() for _, ids_BT, _ in self.batches]).unique()
+        config.vocab_size = len(self._ids)
+        shell, self._layer = _shell(config, checkpoint)
+        shell.embed_tokens.weight = nn.Parameter(embedding.rows(self._ids), requires_grad=False)
+        self._norm, self._config = shell.norm, config
+        shell.norm = nn.Identity()
+        kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+        shell.layers = nn.ModuleList(Recorder(kind) for kind in kinds)
+        shell.to(device).eval()
         shapes = [tuple(ids_BT.shape) for _, ids_BT, _ in self.batches]
         self.hidden = Activations(folder, shapes, config.hidden_size)  # type: ignore[arg-type]
         self._calls: list[list[dict[str, Any]]] = []
@@ -195,7 +198,8 @@ class LayerWalk:
         """Embeddings of every batch, and how its layers are called."""
         for _, ids_BT, _ in self.batches:
             with torch.inference_mode():
-                output = shell(input_ids=ids_BT.to(self.device), use_cache=False)
+                places_BT = torch.searchsorted(self._ids, ids_BT)
+                output = shell(input_ids=places_BT.to(self.device), use_cache=False)
             self._calls.append([_plain(recorder.call) for recorder in shell.layers])
             yield output.last_hidden_state
 

@@ -22,6 +22,7 @@ from torch import nn
 from deltaserve.compress.activations import Activations
 from deltaserve.compress.hessian import Hessian
 from deltaserve.compress.layers import LayerWalk, Weights
+from deltaserve.compress.weights import BLOCK, Table
 
 # Elements of a chunk of logits.
 CHUNK = 1 << 24
@@ -64,12 +65,11 @@ def at_the_head(
     walk: LayerWalk,
     grads: Activations,
     norm: torch.Tensor,
-    head_VD: torch.Tensor,
+    head_VD: Table,
     cap: float | None,
     seed: int,
 ) -> Cost:
     """Write the gradient behind the last layer; the cost of errors in the head."""
-    head_VD = head_VD.to(walk.device)
     halves = _Halves(head_VD.shape[1], walk.device)
     slope_V = torch.zeros(len(head_VD), device=walk.device)
 
@@ -93,13 +93,14 @@ def at_the_head(
 
 def _drawn(
     normed_ND: torch.Tensor,
-    head_VD: torch.Tensor,
+    head_VD: Table,
     cap: float | None,
     generator: torch.Generator,
     total_V: torch.Tensor,
 ) -> torch.Tensor:
     """Gradient [N, D] of -log p of drawn tokens; adds the squares at the logits to the total."""
-    logits_NV, bend = normed_ND @ head_VD.T, None
+    device, bend = normed_ND.device, None
+    logits_NV = torch.cat([normed_ND @ rows_BD.to(device).T for rows_BD in head_VD.blocks()], 1)
     if cap:
         logits_NV = (logits_NV / cap).tanh()
         bend = 1 - logits_NV.square()
@@ -109,7 +110,12 @@ def _drawn(
     squares_NV = p_NV * (1 - p_NV)  # their expectation is known
     total_V += (squares_NV if bend is None else squares_NV * bend.square()).sum(0)
     p_NV.scatter_add_(1, drawn_N1, torch.full_like(drawn_N1, -1, dtype=p_NV.dtype))
-    return (p_NV if bend is None else p_NV * bend) @ head_VD
+    if bend is not None:
+        p_NV *= bend
+    parts = zip(p_NV.split(BLOCK, 1), head_VD.blocks(), strict=True)
+    return sum(
+        (p_NB @ rows_BD.to(device) for p_NB, rows_BD in parts), torch.zeros(1, device=device)
+    )
 
 
 def through_layer(
@@ -185,7 +191,7 @@ class LookupCost:
         return 0.5 * float((error_VD.square() @ self.slope_D) @ self.share_V)
 
 
-def at_the_embedding(walk: LayerWalk, grads: Activations, embedding_VD: torch.Tensor) -> LookupCost:
+def at_the_embedding(walk: LayerWalk, grads: Activations, embedding_VD: Table) -> LookupCost:
     """The cost of errors in the rows of the embedding; a token that never occurs counts once."""
     counts_V = torch.ones(len(embedding_VD))
     slope_D = torch.zeros(embedding_VD.shape[1])
@@ -197,6 +203,6 @@ def at_the_embedding(walk: LayerWalk, grads: Activations, embedding_VD: torch.Te
         tokens += int(real_BT.sum())
         if number == 0:  # some families scale what they look up
             seen = walk.hidden.read(0, 0)[real_BT].norm()
-            looked_up = embedding_VD[ids_BT[real_BT]].norm()
+            looked_up = embedding_VD.rows(ids_BT[real_BT]).norm()
             scale = float(seen / looked_up) if float(looked_up) else 1.0
     return LookupCost(counts_V / counts_V.sum(), slope_D * scale**2 / tokens)

@@ -103,7 +103,7 @@ def verify(
 
     text = gather_text(options or TextOptions(seed=1), tokenizer, context, writer)
     items = () if tasks is None else read_tasks(tasks, tokenizer, context)
-    vocabulary = len(mine(origin.embedding or ""))
+    vocabulary = len(mine.table(origin.embedding or ""))
     for samples in (text.samples, items):
         check_tokens(samples, vocabulary)
     continuations = _continued(text, prompts, continued, context, writer)

@@ -1,8 +1,12 @@
-"""The parameters of a model one at a time, in float32: a fine-tune's, and those of base + delta."""
+"""The parameters of a model one at a time, in float32: a fine-tune's, and those of base + delta.
+
+Embedding and head, which can be larger than many layers, also by rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +16,13 @@ from deltaserve.artifact.codecs import get_codec
 from deltaserve.artifact.codecs.base import Encoded, aligned
 from deltaserve.artifact.reader import Delta
 from deltaserve.compress.lora import Adapter
+from deltaserve.kernels.delta_embedding import rows_of
 
 if TYPE_CHECKING:
     from deltaserve.compress.change import Change
 
-# Parameter name -> float32 values. ``lm_head.weight`` always has some.
-Source = Callable[[str], torch.Tensor]
+BLOCK = 1 << 14
+"""Rows of a table that are in float32 at a time."""
 
 
 def reconstruct(enc: Encoded, base: torch.Tensor | None) -> torch.Tensor:
@@ -31,22 +36,72 @@ def reconstruct(enc: Encoded, base: torch.Tensor | None) -> torch.Tensor:
     return decoded.float()
 
 
+class Table:
+    """An embedding or head [V, D] that is never in float32 as a whole, unless it is small."""
+
+    def __init__(self, enc: Encoded | None, base_VD: torch.Tensor | None) -> None:
+        """enc None: the values are ``base_VD``."""
+        assert base_VD is not None or enc is not None
+        self._enc, self._base_VD = enc, base_VD
+        self.shape = tuple(enc.shape if enc is not None else base_VD.shape)  # type: ignore[union-attr]
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def rows(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """[T, D] float32."""
+        if self._enc is None:
+            assert self._base_VD is not None
+            return self._base_VD[ids_T].float()
+        return rows_of(ids_T, self._base_VD, self._enc)
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """All rows in their order, ``BLOCK`` of them at a time."""
+        if len(self) <= BLOCK:
+            yield self._whole
+            return
+        for start in range(0, len(self), BLOCK):
+            yield self.rows(torch.arange(start, min(start + BLOCK, len(self))))
+
+    @cached_property
+    def _whole(self) -> torch.Tensor:
+        return self.rows(torch.arange(len(self)))
+
+
+class Source:
+    """Parameter name -> float32 values. ``lm_head.weight`` always has some."""
+
+    def __init__(self, find: Callable[[str], tuple[Encoded | None, torch.Tensor | None]]) -> None:
+        """find: what is stored of a parameter, and the base's; or no change, and the values."""
+        self._find = find
+
+    def __call__(self, name: str) -> torch.Tensor:
+        enc, base = self._find(name)
+        if enc is not None:
+            return reconstruct(enc, base)
+        assert base is not None
+        return base.float()
+
+    def table(self, name: str) -> Table:
+        """An embedding or head, by rows."""
+        return Table(*self._find(name))
+
+
 def of_model(base: Checkpoint, model: Checkpoint | Adapter) -> Source:
     """Of a checkpoint, or of the base with an adapter added."""
     if isinstance(model, Checkpoint):
-        return lambda name: model.tensor(name).float()
+        return Source(lambda name: (None, model.tensor(name)))
     targets = model.targets(base)
     changed = {target.parameter: target for target in targets}
     own_head = not base.tied or model.keeps_base_head(base, targets)
 
-    def values(name: str) -> torch.Tensor:
+    def find(name: str) -> tuple[Encoded | None, torch.Tensor | None]:
         if name == HEAD and not own_head and base.embedding is not None and HEAD not in changed:
             name = base.embedding
-        if name not in changed:
-            return base.tensor(name).float()
-        return reconstruct(model.encode(changed[name], base), base.tensor(name))
+        enc = model.encode(changed[name], base) if name in changed else None
+        return enc, base.tensor(name)
 
-    return values
+    return Source(find)
 
 
 def of_delta(base: Checkpoint, delta: Delta) -> Source:
@@ -62,13 +117,10 @@ def of_changes(base: Checkpoint, changes: Iterable[Change]) -> Source:
 
 def _of_stored(base: Checkpoint, names: set[str], encoded: Callable[[str], Encoded]) -> Source:
 
-    def values(name: str) -> torch.Tensor:
+    def find(name: str) -> tuple[Encoded | None, torch.Tensor | None]:
         if name == HEAD and HEAD not in names and base.tied and base.embedding is not None:
             name = base.embedding
         reference = base.tensor(name) if base.has(name) else None
-        if name in names:
-            return reconstruct(encoded(name), reference)
-        assert reference is not None
-        return reference.float()
+        return encoded(name) if name in names else None, reference
 
-    return values
+    return Source(find)

@@ -21,11 +21,27 @@ def delta_embedding(ids_T: torch.Tensor, base_VD: torch.Tensor, enc: Encoded) ->
     """
     if enc.codec == "raw":
         return enc.tensors["values"][ids_T]
-    known_T1 = (ids_T < base_VD.shape[0])[:, None]
-    base_TD = base_VD[ids_T.clamp(max=base_VD.shape[0] - 1)] * known_T1
+    base_TD = _base_rows(ids_T, base_VD)
     if enc.codec == "rows":
         return _rows(ids_T, base_TD, enc)
     return (base_TD.float() + _delta_of_rows(enc, ids_T)).to(base_VD.dtype)
+
+
+def rows_of(ids_T: torch.Tensor, base_VD: torch.Tensor | None, enc: Encoded) -> torch.Tensor:
+    """The fine-tune's rows ``ids`` in float32, additive codecs not rounded -> [T, D]."""
+    if enc.codec == "raw":
+        return enc.tensors["values"][ids_T].float()
+    if enc.codec == "xor" or base_VD is None:
+        return CODECS[enc.codec].decode(enc, base_VD)[ids_T].float()
+    base_TD = _base_rows(ids_T, base_VD)
+    if enc.codec == "rows":
+        return _rows(ids_T, base_TD.to(enc.dtype), enc).float()
+    return _delta_of_rows(enc, ids_T).add_(base_TD.float())
+
+
+def _base_rows(ids_T: torch.Tensor, base_VD: torch.Tensor) -> torch.Tensor:
+    known_T1 = (ids_T < base_VD.shape[0])[:, None]
+    return base_VD[ids_T.clamp(max=base_VD.shape[0] - 1)] * known_T1
 
 
 def _rows(ids_T: torch.Tensor, base_TD: torch.Tensor, enc: Encoded) -> torch.Tensor:

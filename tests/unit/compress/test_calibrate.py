@@ -12,6 +12,7 @@ from deltaserve.compress.layers import LayerWalk
 from deltaserve.compress.plan import make_plan
 from deltaserve.compress.run import compress
 from deltaserve.compress.text import Sample
+from deltaserve.compress.weights import Table
 from deltaserve.compress.textsource import TextOptions
 from deltaserve.compress.verify import verify
 from deltaserve.errors import CheckpointError, CompatibilityError, ConfigError
@@ -34,7 +35,7 @@ def samples(vocab=90):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_walk_through_the_layers_is_the_model_itself(family, tmp_path):
     model = Checkpoint.open(make_base(family, tmp_path / "base"))
-    embedding = model.tensor("model.embed_tokens.weight").float()
+    embedding = Table(None, model.tensor("model.embed_tokens.weight"))
     walk = LayerWalk(model, [samples()], embedding, tmp_path / "walk", "cpu")
     seen: dict[str, int] = {}
     for layer in range(len(walk)):

@@ -23,7 +23,7 @@ from deltaserve.compress.sensitivity import at_the_embedding, at_the_head, throu
 from deltaserve.compress.svd import weighted_svd
 from deltaserve.compress.textsource import TextOptions
 from deltaserve.compress.verify import verify
-from deltaserve.compress.weights import of_model
+from deltaserve.compress.weights import Source, of_model
 from deltaserve.errors import CodecError, ConfigError
 
 TEXT = TextOptions(samples=16, seq_len=24)
@@ -135,9 +135,8 @@ def test_predicted_cost_is_near_the_divergence_that_is_measured(talking_pair, tm
     tuned = Checkpoint.open(talking_pair[1])
     text = sample_text(load_fine_tune(tuned, tuned, "cpu"), None, samples=48, seq_len=24, seed=0)
     mine = of_model(tuned, tuned)
-    embedding, norm, head = (
-        mine(n) for n in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-    )
+    embedding, head = (mine.table(n) for n in ("model.embed_tokens.weight", "lm_head.weight"))
+    norm = mine("model.norm.weight")
     walk = LayerWalk(tuned, [text.samples], embedding, tmp_path / "in", "cpu")
     weights = [
         {n: mine(n) for n in tuned.names() if n.startswith(walk.prefix(layer))} for layer in (0, 1)
@@ -153,7 +152,7 @@ def test_predicted_cost_is_near_the_divergence_that_is_measured(talking_pair, tm
     [full] = [n for n in costs if name in n]
     noise = torch.randn(mine(full).shape, generator=torch.Generator().manual_seed(4))
     error = 0.02 * float(mine(full).std()) * noise
-    changed = lambda n: mine(n) + error if n == full else mine(n)  # noqa: E731
+    changed = Source(lambda n: (None, mine(n) + error if n == full else mine(n)))
     [reads] = judge(tuned, mine, changed, [text.samples], tmp_path / "w", "cpu", lambda *_: None)
     measured = float(torch.cat([r.tokens.kl_N for r in reads]).double().mean())
     assert 0.4 * measured < costs[full].of(error) < 2.5 * measured
