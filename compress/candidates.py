@@ -18,7 +18,7 @@ from deltaserve.compress.activations import Activations
 from deltaserve.compress.allocate import Candidate
 from deltaserve.compress.calibrate import NORM, Pair
 from deltaserve.compress.change import same
-from deltaserve.compress.encode import encode
+from deltaserve.compress.encode import blocks_of, encode
 from deltaserve.compress.gptq import Solver
 from deltaserve.compress.hessian import Hessian
 from deltaserve.compress.layers import LayerWalk
@@ -187,16 +187,24 @@ def _candidates(
     costs: Sequence[Cost | LookupCost],
 ) -> list[Candidate]:
     tensor, reference = pair.model.tensor(name), pair.base.tensor(name)
-    exact, found = tensor.float(), []
+    # A table of many tokens is tried in blocks of rows, of which one is in float32 at a time.
+    pieces = [blocks_of(choice, tuple(tensor.shape)) for choice in choices]
+    found: list[Candidate] = []
     if tensor.shape == reference.shape:
-        lost = reference.float() - exact
-        found.append(Candidate(SKIP, 0, sum(cost.of(lost) for cost in costs)))
-    for choice in choices:
+        lost = 0.0
+        for rows in max(pieces, key=len):
+            error = reference[rows].float() - tensor[rows].float()
+            lost += sum(cost.of(error, rows) for cost in costs)
+        found.append(Candidate(SKIP, 0, lost))
+    for choice, blocks in zip(choices, pieces, strict=True):
         solver = SOON if choice.params.get("bits", 0) > FEW_BITS else Solver()
-        enc = encode(choice, tensor, reference, hessian, solver)
-        error = reconstruct(enc, reference).sub_(exact)
-        size = get_codec(enc.codec).resident_bytes(enc)
-        found.append(Candidate(choice, size, sum(cost.of(error) for cost in costs)))
+        size, nats = 0, 0.0
+        for rows in blocks:
+            enc = encode(choice, tensor[rows], reference[rows], hessian, solver)
+            error = reconstruct(enc, reference[rows]).sub_(tensor[rows])
+            size += get_codec(enc.codec).resident_bytes(enc)
+            nats += sum(cost.of(error, rows) for cost in costs)
+        found.append(Candidate(choice, size, nats))
     return _undominated(found)
 
 

@@ -10,8 +10,7 @@ from deltaserve.artifact.checkpoint import HEAD, Checkpoint
 from deltaserve.artifact.codecs.base import Encoded, aligned, is_finite
 from deltaserve.artifact.codecs.rows import RowsCodec
 from deltaserve.compress.classify import classify
-from deltaserve.compress.encode import encode
-from deltaserve.compress.errors import relative_error
+from deltaserve.compress.encode import encode_measured
 from deltaserve.compress.hessian import Hessian
 from deltaserve.compress.plan import SKIP, Plan
 from deltaserve.errors import CheckpointError, CodecError
@@ -55,10 +54,10 @@ def compare(
     if choice == SKIP and tensor.shape == reference.shape:
         return Change(name, kind, base_head(reference) if _untied(name, base) else None, 1.0, full)
     try:
-        enc = encode(choice, tensor, reference, hessian, plan.solver)
+        enc, error = encode_measured(choice, tensor, reference, hessian, plan.solver)
     except CodecError as cause:
         raise CodecError(f"{name}: {cause}") from None
-    return Change(name, kind, enc, relative_error(enc, tensor, reference), full)
+    return Change(name, kind, enc, error, full)
 
 
 def _untied(name: str, base: Checkpoint) -> bool:

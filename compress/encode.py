@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,10 +16,12 @@ from deltaserve.artifact.codecs.nm24 import Nm24Params
 from deltaserve.artifact.codecs.sum import SumCodec
 from deltaserve.compress.dare import DropParams, encode_dropped
 from deltaserve.compress.delta_come import BandParams
+from deltaserve.compress.errors import squares
 from deltaserve.compress.gptq import Solver, encode_int, encode_nm24
 from deltaserve.compress.hessian import Hessian
 from deltaserve.compress.plan import CodecChoice
 from deltaserve.compress.svd import encode_lowrank
+from deltaserve.compress.weights import BLOCK
 
 
 def encode(
@@ -42,6 +46,59 @@ def encode(
     if choice.codec == "sum":
         return _encode_sum(params["terms"], tensor, base, hessian, solver)
     return encode_int(tensor, base, IntParams(**params), hessian, solver)
+
+
+def blocks_of(choice: CodecChoice, shape: tuple[int, ...]) -> list[slice]:
+    """Rows that may be stored apart from one another: tables of many tokens in several blocks,
+    where the codec has nothing in common for all rows; else all of them."""
+    apart = choice.codec == "rows" or (
+        choice.codec == "int" and IntParams(**choice.params).scale_axis in ("group", "row")
+    )
+    if len(shape) != 2 or not apart:
+        return [slice(None)]
+    return [slice(start, start + BLOCK) for start in range(0, max(shape[0], 1), BLOCK)]
+
+
+def encode_measured(
+    choice: CodecChoice,
+    tensor: torch.Tensor,
+    base: torch.Tensor | None,
+    hessian: Hessian | None = None,
+    solver: Solver | None = None,
+) -> tuple[Encoded, float]:
+    """``encode``, and the relative error; in float32 are only the rows of one block."""
+    encs, wrong, size = [], 0.0, 0.0
+    for rows in blocks_of(choice, tuple(tensor.shape)):
+        some, reference = tensor[rows], None if base is None else base[rows]
+        encs.append(encode(choice, some, reference, hessian, solver))
+        more_wrong, more_size = squares(encs[-1], some, reference)
+        wrong, size = wrong + more_wrong, size + more_size
+    enc = encs[0] if len(encs) == 1 else _stacked(encs, tuple(tensor.shape))
+    return enc, math.sqrt(wrong) / math.sqrt(size) if size else 0.0
+
+
+def _stacked(encs: list[Encoded], shape: tuple[int, ...]) -> Encoded:
+    """Blocks of rows below each other, ``int`` or ``rows``."""
+    first, starts = encs[0], [number * BLOCK for number in range(len(encs))]
+    if first.codec == "rows":
+        pairs = [
+            (enc, start) for enc, start in zip(encs, starts, strict=True) if enc.params["rows"]
+        ]
+        if not pairs:
+            return replace(first, shape=shape)
+        encs, starts = [enc for enc, _ in pairs], [start for _, start in pairs]
+        first = encs[0]
+    parts = {}
+    for name in first.tensors:
+        values = [enc.tensors[name] for enc in encs]
+        if name == "index":
+            values = [v + start for v, start in zip(values, starts, strict=True)]
+        # Codes and scales are [planes, rows, ...], listed rows and their numbers [rows, ...].
+        parts[name] = torch.cat(values, dim=0 if name in ("index", "values") else 1)
+    params = dict(first.params)
+    if first.codec == "rows":
+        params["rows"] = sum(enc.params["rows"] for enc in encs)
+    return replace(first, params=params, shape=shape, tensors=parts)
 
 
 def calibratable(choice: CodecChoice, shape: tuple[int, ...]) -> bool:

@@ -19,19 +19,24 @@ def relative_error(enc: Encoded, tensor: torch.Tensor, base: torch.Tensor | None
     Additive codecs are measured before the sum is rounded to the parameter's dtype: that
     is how an engine applies them.
     """
+    wrong, size = squares(enc, tensor, base)
+    return math.sqrt(wrong) / math.sqrt(size) if size else 0.0
+
+
+def squares(enc: Encoded, tensor: torch.Tensor, base: torch.Tensor | None) -> tuple[float, float]:
+    """Squared norms of what is wrong and of the exact delta; zeros for exact codecs."""
     codec = get_codec(enc.codec)
     if enc.codec in ("raw", "xor") or (enc.codec == "rows" and enc.params["bits"] == 0):
-        return 0.0
+        return 0.0, 0.0
     exact = difference(tensor, base)
     if codec.additive:
         stored = cast(AdditiveCodec, codec).delta(enc)
     else:
         stored = difference(codec.decode(enc, base), base)
-    size = _norm(exact)
-    wrong = _norm(stored.sub_(exact))
-    return wrong / size if size else 0.0
+    size = _square(exact)
+    return _square(stored.sub_(exact)), size
 
 
-def _norm(x: torch.Tensor) -> float:
-    """Frobenius norm in double precision, so that no magnitude overflows."""
-    return math.sqrt(sum(float(c.double().square().sum()) for c in x.flatten().split(CHUNK)))
+def _square(x: torch.Tensor) -> float:
+    """Squared Frobenius norm in double precision, so that no magnitude overflows."""
+    return sum(float(c.double().square().sum()) for c in x.flatten().split(CHUNK))

@@ -26,6 +26,7 @@ from deltaserve.compress.weights import BLOCK, Table
 
 # Elements of a chunk of logits.
 CHUNK = 1 << 24
+ALL = slice(None)
 
 
 @dataclass(eq=False)
@@ -37,11 +38,11 @@ class Cost:
     unseen: Hessian
     slope_N: torch.Tensor
 
-    def of(self, error_NK: torch.Tensor) -> float:
-        """Nats per token for an error of the weight."""
+    def of(self, error_NK: torch.Tensor, outputs: slice = ALL) -> float:
+        """Nats per token for an error of the weight, or of some of its outputs."""
         h_KK = self.unseen.mean_KK
-        error_NK = error_NK.to(h_KK.device)
-        return 0.5 * float(((error_NK @ h_KK) * error_NK).sum(1).clamp(min=0) @ self.slope_N)
+        error_NK, slope_N = error_NK.to(h_KK.device), self.slope_N[outputs]
+        return 0.5 * float(((error_NK @ h_KK) * error_NK).sum(1).clamp(min=0) @ slope_N)
 
 
 class _Halves:
@@ -186,9 +187,9 @@ class LookupCost:
     share_V: torch.Tensor
     slope_D: torch.Tensor
 
-    def of(self, error_VD: torch.Tensor) -> float:
-        """Nats per token for an error of the embedding."""
-        return 0.5 * float((error_VD.square() @ self.slope_D) @ self.share_V)
+    def of(self, error_VD: torch.Tensor, tokens: slice = ALL) -> float:
+        """Nats per token for an error of the embedding, or of some of its rows."""
+        return 0.5 * float((error_VD.square() @ self.slope_D) @ self.share_V[tokens])
 
 
 def at_the_embedding(walk: LayerWalk, grads: Activations, embedding_VD: Table) -> LookupCost:

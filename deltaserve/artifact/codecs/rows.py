@@ -23,6 +23,8 @@ from deltaserve.artifact.packing import WIDTHS
 from deltaserve.errors import CodecError
 
 _INT = IntCodec()
+BLOCK = 1 << 14
+"""Rows that are compared at a time."""
 _SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}
 
 
@@ -145,14 +147,19 @@ class RowsCodec:
 
 def changed_rows(tensor: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
     """Ascending int64 indices of rows whose bits differ from the base's (added: from zero)."""
-    reference = aligned(base, tuple(tensor.shape), tensor.dtype)
     if tensor.numel() == 0:
         return torch.empty(0, dtype=torch.int64)
-    # Bits, not values: -0.0 must come back as -0.0.
+    found = []
+    for start in range(0, len(tensor), BLOCK):
+        some = slice(start, start + BLOCK)
+        differs = _differs(tensor[some], None if base is None else base[some])
+        found.append(start + differs.flatten(1).any(1).nonzero().flatten())
+    return torch.cat(found)
+
+
+def _differs(tensor: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+    """Bits, not values: -0.0 must come back as -0.0. At least two dimensions."""
+    reference = aligned(base, tuple(tensor.shape), tensor.dtype)
     signed = _SIGNED[tensor.element_size()]
     differs = tensor.contiguous().view(signed) != reference.contiguous().view(signed)
-    return (
-        differs.flatten(1).any(1).nonzero().flatten()
-        if tensor.dim() > 1
-        else (differs.nonzero().flatten())
-    )
+    return differs if differs.dim() > 1 else differs[:, None]

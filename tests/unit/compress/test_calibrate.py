@@ -12,9 +12,9 @@ from deltaserve.compress.layers import LayerWalk
 from deltaserve.compress.plan import make_plan
 from deltaserve.compress.run import compress
 from deltaserve.compress.text import Sample
-from deltaserve.compress.weights import Table
 from deltaserve.compress.textsource import TextOptions
 from deltaserve.compress.verify import verify
+from deltaserve.compress.weights import Table
 from deltaserve.errors import CheckpointError, CompatibilityError, ConfigError
 from tests.families import FAMILIES, make_base, make_fine_tune
 
