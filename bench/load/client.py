@@ -121,8 +121,8 @@ class Client:
             return status, "the connection closed within the answer", Outcome.DISCONNECTED
         except (aiohttp.ClientError, ConnectionError) as error:
             return status, str(error) or type(error).__name__, Outcome.DISCONNECTED
-        if not answer.parts and not answer.complete and kind != "text/event-stream":
-            return status, f"not a completion: {kind} without an event", Outcome.MALFORMED
+        if not answer.parts and (answer.complete or kind != "text/event-stream"):
+            return status, f"not a completion: {kind} without a part", Outcome.MALFORMED
         if not answer.complete:
             return status, "the stream ended without a finish_reason", Outcome.DISCONNECTED
         return status, "", Outcome.OK

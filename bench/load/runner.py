@@ -113,7 +113,8 @@ class Runner:
 
     async def _finish(self, feeders: list[asyncio.Future[None]]) -> None:
         await asyncio.gather(*feeders)
-        while load := [task for task in self._tasks if task.get_name() == "load"]:
+        # Also whether the server is alive: one that died at the last requests has died too.
+        while load := [task for task in self._tasks if task.get_name() in ("load", "watch")]:
             await asyncio.wait(load)
 
     def _feeders(

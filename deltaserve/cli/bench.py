@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,7 +53,7 @@ from deltaserve.cli.bench_options import (
     workload_of,
 )
 from deltaserve.cli.bench_simulate import calibrate, simulate
-from deltaserve.demo.server_process import Server, server_process
+from deltaserve.demo.server_process import Server, ServerError, server_process
 from deltaserve.errors import ConfigError, DeltaServeError
 
 
@@ -81,18 +82,16 @@ def serve(
     test = workload_of(workload, flags, rate, closed, set_, goodput)
     if out is not None:
         check_result(out)
-    with (
-        _target(url, spawn, (api_key, admin_key), allow_remote) as (target, server),
-        progress() as show,
-    ):
-        measured = measure(target, test, show)
-    result = document(measured, detailed=save_detailed)
-    print(text.render(result), flush=True)
-    if out is not None:
-        write_json(out, result)
-        write_text(out.with_suffix(".html"), report(result))
-        print(f"wrote {out} and {out.with_suffix('.html')}")
-    return _exit_code(measured, result, server)
+    with _target(url, spawn, (api_key, admin_key), allow_remote) as (target, server):
+        with progress() as show:
+            measured = measure(target, test, show)
+        result = document(measured, detailed=save_detailed)
+        print(text.render(result), flush=True)
+        if out is not None:
+            write_json(out, result)
+            write_text(out.with_suffix(".html"), report(result))
+            print(f"wrote {out} and {out.with_suffix('.html')}")
+        return _exit_code(measured, result, server)
 
 
 def sweep(
@@ -154,19 +153,30 @@ SUBCOMMANDS = (serve, sweep, compare, simulate, calibrate)
 def _target(
     url: str | None, spawn: Path | None, keys: tuple[str, str], allow_remote: bool
 ) -> Iterator[tuple[Target, Server | None]]:
-    """The server that was named, or one of our own, ended when the block is left."""
+    """The server that was named, or one of our own, ended when the block is left; the log of one
+    that ended by itself, or did not start, is kept: the error names it."""
     if (url is None) == (spawn is None):
         raise ConfigError("name the server to load: either --url or --spawn")
     if url is not None:
         yield Target(check_url(url, allow_remote=allow_remote), *keys), None
         return
-    with tempfile.TemporaryDirectory(prefix="deltaserve-bench-") as folder:
-        arguments = ["serve", "--config", str(spawn), "--port", "0"]
-        try:
-            with server_process(arguments, Path(folder) / "server.log") as server:
+    folder = Path(tempfile.mkdtemp(prefix="deltaserve-bench-"))
+    arguments = ["serve", "--config", str(spawn), "--port", "0"]
+    keep = False
+    try:
+        with server_process(arguments, folder / "server.log") as server:
+            try:
                 yield Target(server.wait_until_ready(), *keys, pid=server.process.pid), server
-        except subprocess.TimeoutExpired:  # what was measured counts all the same
-            print("deltaserve: the server did not stop in time and was killed", file=sys.stderr)
+            finally:
+                keep = server.process.poll() is not None
+    except ServerError:
+        keep = True
+        raise
+    except subprocess.TimeoutExpired:  # what was measured counts all the same
+        print("deltaserve: the server did not stop in time and was killed", file=sys.stderr)
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _exit_code(measured: Measured, result: Mapping[str, Any], server: Server | None) -> int:
