@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Protocol
 
 import httpx
+import torch
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
 from deltaserve.bench.peer_models import PeerModels, prompt
 from deltaserve.bench.peer_peft import PeftProcess, Question
+from deltaserve.engine.base import has_arithmetic
 
 START_SECONDS = 120.0
 MERGE_BYTES = 4 << 30
@@ -77,7 +79,9 @@ def peers(models: PeerModels) -> list[Peer]:
     """Each comes after the one that it is compared with."""
     full = tuple(str(tune) for tune in models.tunes)
     other = (str(Path(sys.executable).with_name("transformers")), "serve", "--host", "127.0.0.1")
-    size = sum(file.stat().st_size for file in models.wholes[0].iterdir())
+    # Stored in bfloat16, in memory as this processor computes.
+    wider = 1 if has_arithmetic(torch.bfloat16) else 2
+    size = sum(file.stat().st_size for file in models.wholes[0].iterdir()) * wider
     swap = (
         f"--delta-memory-bytes={size * 3 // 2}",
         f"--host-memory-bytes={size * len(full) * 2}",

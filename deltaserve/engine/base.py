@@ -64,7 +64,7 @@ def _dtype(config: EngineConfig, base: Checkpoint, device: str) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     stored = base.dtype(base.embedding) if base.embedding else torch.float32
-    if device != "cpu" or _has_arithmetic(stored):
+    if device != "cpu" or has_arithmetic(stored):
         return stored
     in_float32 = base.num_bytes * torch.float32.itemsize // stored.itemsize
     if in_float32 > FLOAT32_SHARE * free_memory(device):
@@ -80,7 +80,7 @@ def _dtype(config: EngineConfig, base: Checkpoint, device: str) -> torch.dtype:
     return torch.float32
 
 
-def _has_arithmetic(dtype: torch.dtype) -> bool:
+def has_arithmetic(dtype: torch.dtype) -> bool:
     """Whether the processor's own matmuls take ``dtype``; where they do not, float32 was 4 to 6
     times faster (32 rows of projections of 512 inputs, AVX2)."""
     if dtype == torch.bfloat16:

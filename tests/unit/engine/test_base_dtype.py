@@ -30,7 +30,7 @@ def load(folder: Path, stored: torch.dtype, **options: str) -> Base:
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that has float32 only."""
-    monkeypatch.setattr(module, "_has_arithmetic", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(module, "has_arithmetic", lambda dtype: dtype == torch.float32)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
@@ -41,7 +41,7 @@ def test_auto_is_float32_where_16_bits_are_emulated(tmp_path, emulated, stored) 
 
 
 def test_auto_is_the_checkpoints_where_the_processor_has_it(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "_has_arithmetic", lambda _dtype: True)
+    monkeypatch.setattr(module, "has_arithmetic", lambda _dtype: True)
     assert load(tmp_path, torch.bfloat16).dtype == torch.bfloat16
 
 
