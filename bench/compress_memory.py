@@ -5,7 +5,8 @@
 Base and fine-tune are Llamas of random weights, each at least three times the limit. The command
 line runs in a memory cgroup, which the kernel enforces for everything: heap, activations and
 the pages of mapped files, which are thrown out of the page cache before so that the group pays
-for all that it reads. Needs root and cgroups, version 1 or 2.
+for all that it reads. Needs root and cgroups, version 1 or 2. A large ``--vocabulary`` makes most
+of the checkpoint embedding and head, all of whose rows changed.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ RUNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compress under a hard memory limit.")
     parser.add_argument("--limit-mb", type=int, default=600)
+    parser.add_argument("--vocabulary", type=int, help="tokens (default: the tokenizer's)")
     parser.add_argument("--runs", nargs="*", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--out", type=Path, default=Path("bench/results/compress_memory.json"))
     arguments = parser.parse_args()
@@ -50,7 +52,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=".") as folder:
         root = Path(folder)
-        size = make_pair(root, int(TIMES * limit))
+        size = make_pair(root, int(TIMES * limit), arguments.vocabulary)
         text = root / "text.jsonl"
         lines = ({"text": f"{a}+{b}={a + b}; {a * b} and more of it"} for a, b in _pairs())
         text.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -61,6 +63,8 @@ def main() -> None:
             results.append({"run": name, **measure(root, name, options, limit, size)})
             print(results[-1], file=sys.stderr)
     command = f"python -m deltaserve.bench.compress_memory --limit-mb {arguments.limit_mb}"
+    if arguments.vocabulary:
+        command += f" --vocabulary {arguments.vocabulary}"
     if arguments.runs != list(RUNS):
         command += " --runs " + " ".join(f"'{name}'" for name in arguments.runs)
     record(arguments.out, command, results)
@@ -70,11 +74,11 @@ def _pairs() -> Iterator[tuple[int, int]]:
     return ((a, b) for a in range(10, 20) for b in range(30, 36))
 
 
-def make_pair(root: Path, least: int) -> int:
+def make_pair(root: Path, least: int, vocabulary: int | None = None) -> int:
     """Base and fine-tune of at least so many bytes, written layer by layer; returns the size."""
     tokenizer = build_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary or len(tokenizer),
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_hidden_layers=1,
@@ -88,7 +92,8 @@ def make_pair(root: Path, least: int) -> int:
     torch.manual_seed(0)
     state = LlamaForCausalLM(config).state_dict()
     layer = {name: t for name, t in state.items() if ".layers.0." in name}
-    count = -(-least // sum(t.nbytes for t in layer.values()))
+    outside = sum(t.nbytes for name, t in state.items() if name not in layer)
+    count = max(CHANGED, -(-(least - outside) // sum(t.nbytes for t in layer.values())))
     config.num_hidden_layers, config.architectures = count, ["LlamaForCausalLM"]
     config.layer_types = None
     sizes = []

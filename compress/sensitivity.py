@@ -25,7 +25,7 @@ from deltaserve.compress.layers import LayerWalk, Weights
 from deltaserve.compress.weights import BLOCK, Table
 
 # Elements of a chunk of logits.
-CHUNK = 1 << 24
+CHUNK = 1 << 22
 ALL = slice(None)
 
 
