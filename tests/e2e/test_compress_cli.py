@@ -211,12 +211,12 @@ def test_a_full_disk(at, refused, monkeypatch, command):
 SLOW = """
 import time
 import deltaserve.compress.change as change
-exact = change.relative_error
+exact = change.encode_measured
 def slow(*args):
     print("working", flush=True)
     time.sleep(0.2)
     return exact(*args)
-change.relative_error = slow
+change.encode_measured = slow
 from deltaserve.cli.main import main
 main()
 """
