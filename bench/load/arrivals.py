@@ -17,7 +17,9 @@ import numpy as np
 from deltaserve.bench.load.schema import not_negative, positive
 from deltaserve.bench.load.traces import PUBLISHED, Row, read_trace, shrunk, synthetic
 
-Known = Literal["azure-code", "azure-conv", "mooncake-conversation"]
+Known = Literal[
+    "azure-code", "azure-conv", "azure-code-2024", "azure-conv-2024", "mooncake-conversation"
+]
 
 UNKNOWN = Row(0.0, 0, 0)
 """A row that knows nothing but its time."""
