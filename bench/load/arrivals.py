@@ -18,7 +18,12 @@ from deltaserve.bench.load.schema import not_negative, positive
 from deltaserve.bench.load.traces import PUBLISHED, Row, read_trace, shrunk, synthetic
 
 Known = Literal[
-    "azure-code", "azure-conv", "azure-code-2024", "azure-conv-2024", "mooncake-conversation"
+    "azure-code",
+    "azure-conv",
+    "azure-code-2024",
+    "azure-conv-2024",
+    "burstgpt",
+    "mooncake-conversation",
 ]
 
 UNKNOWN = Row(0.0, 0, 0)

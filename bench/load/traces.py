@@ -65,7 +65,10 @@ QUANTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
 # 2025) is read from the figures of AzureLLMInferenceDataset2024.ipynb: requests over seven days and
 # the distribution functions of the lengths, where a pixel is 18 prompt or 11 output tokens, so its
 # shortest outputs are uncertain and code's few over 900 are left out; gaps are not shown, and
-# Poisson is assumed.
+# Poisson is assumed. BurstGPT (arXiv 2401.17644v3) is coarser: 5.29 million requests in 121 days,
+# 621 prompt and 126 output tokens in the mean and half of the prompts below 353, as users of its
+# first file report; log-normal lengths (of outputs with a deviation as large as the mean) and
+# Poisson gaps are assumed.
 PUBLISHED = {
     "azure-code": Published(
         rate=2.567,
@@ -98,6 +101,14 @@ PUBLISHED = {
         output=(1, 1, 1, 2, 11, 36, 102, 334, 446, 674, 1500),
         prompt_mean=1601.7,
         output_mean=98.3,
+    ),
+    "burstgpt": Published(
+        rate=0.506,
+        gaps_cv=1.0,
+        prompt=(7, 30, 61, 90, 172, 353, 723, 1378, 2028, 4184, 16000),
+        output=(4, 13, 23, 31, 51, 89, 156, 259, 350, 618, 1970),
+        prompt_mean=621.0,
+        output_mean=126.0,
     ),
     "mooncake-conversation": Published(
         rate=3.401,
