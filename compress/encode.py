@@ -21,7 +21,9 @@ from deltaserve.compress.gptq import Solver, encode_int, encode_nm24
 from deltaserve.compress.hessian import Hessian
 from deltaserve.compress.plan import CodecChoice
 from deltaserve.compress.svd import encode_lowrank
-from deltaserve.compress.weights import BLOCK
+
+BLOCK = 1 << 12
+"""Rows of a table that are encoded at a time. Error feedback holds about eight copies of them."""
 
 
 def encode(

@@ -73,7 +73,6 @@ LOSSY = {
     "int8": ("int", {"bits": 8, "scale_axis": "column"}),
     "nm24": ("nm24", {"bits": 4}),
     "lowrank": ("lowrank", {"rank": 8}),
-    "lowrank3": ("lowrank", {"rank": 8, "bits": 3}),
     "sum": ("sum", {"terms": TERMS}),
     "nf4": ("nf4", {}),
     "xor": ("xor", {}),
