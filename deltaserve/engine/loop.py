@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from deltaserve.engine.bundles import Bundles
 from deltaserve.engine.core import Engine
 from deltaserve.engine.messages import (
     Abort,
@@ -30,7 +29,7 @@ from deltaserve.engine.types import EngineRequest, FinishReason, TokenEvent
 from deltaserve.errors import DeltaServeError
 
 BEAT_SECONDS = 1.0
-"""A busy engine without news says so often that it is alive."""
+"""A busy engine that cannot run a step says so often."""
 STATS_SECONDS = 0.1
 """Counters are sent so often while it runs, and whenever it comes to rest."""
 
@@ -46,7 +45,6 @@ class EngineLoop:
         self._receive = receive
         self._send = send
         self._events: list[TokenEvent] = []
-        self._bundles = Bundles()
         self._models_revision = engine.models_revision
         self._stalled = False
         self._sent_at = self._counted_at = 0.0
@@ -83,7 +81,6 @@ class EngineLoop:
         """What was right when it was sent may be wrong by now: its delta may be gone."""
         try:
             self._engine.add(request)
-            self._bundles.open(request)
         except DeltaServeError as error:
             failed = TokenEvent(request.request_id, (), FinishReason.ERROR, str(error))
             self._events.append(failed)
@@ -119,13 +116,11 @@ class EngineLoop:
     def _report(self) -> None:
         self._report_models()
         now, idle = time.monotonic(), not self._engine.has_work()
-        events = self._bundles.take(self._events, now)
-        self._events.clear()
-        counted = idle or now - self._counted_at >= STATS_SECONDS
-        news = events or idle or (counted and not self._stalled)
-        if not news and now - self._sent_at < BEAT_SECONDS:
+        if self._stalled and not (self._events or idle or now - self._sent_at >= BEAT_SECONDS):
             return
-        self._send(Stepped(tuple(events), self._engine.stats() if counted else None))
+        counted = idle or now - self._counted_at >= STATS_SECONDS
+        self._send(Stepped(tuple(self._events), self._engine.stats() if counted else None))
+        self._events.clear()
         self._sent_at = now
         self._counted_at = now if counted else self._counted_at
 

@@ -14,7 +14,7 @@ from deltaserve.config import EngineConfig
 from deltaserve.engine.types import EngineRequest, EngineStats, ModelInfo, TokenEvent
 from deltaserve.errors import DeltaServeError, EngineDeadError
 
-SCHEMA = 4
+SCHEMA = 3
 """Version of all messages. A process that says another one belongs to another release."""
 
 

@@ -97,8 +97,6 @@ class EngineRequest:
     """The tenant's share, relative to others."""
     priority: int = 0
     """Lower runs first."""
-    streamed: bool = True
-    """Somebody reads the tokens as they come. Else several may be told at once."""
     fork_of: str | None = None
     """Id of a sibling with the same prompt, model, tenant and salt, which came before: its
     blocks of the prompt are shared. Of a request that is gone, or unlike, nothing is."""

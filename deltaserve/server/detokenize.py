@@ -36,12 +36,13 @@ class Detokenizer:
         self._context_tokens = 0
         self._context_chars = 0
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Text that these tokens complete, perhaps none."""
-        shown = [token for token in token_ids if token not in self._decoder.special_ids]
-        self._window += shown
+    def push(self, token_id: int) -> str:
+        """Text that this token completes, perhaps none."""
+        if token_id in self._decoder.special_ids:
+            return ""
+        self._window.append(token_id)
         # A run of byte tokens is decided as a whole: one bad byte spoils the others' characters.
-        if not shown or shown[-1] in self._decoder.byte_ids:
+        if token_id in self._decoder.byte_ids:
             return ""
         text = self._decoder.decode(self._window)
         # U+FFFD at the end: the first bytes of a character whose rest has not arrived.
@@ -129,7 +130,6 @@ class TextStream:
         self._detokenizer = Detokenizer(decoder)
         self._stops = StopStrings(stops, keep=keep_stop)
         self._track = track
-        self._each = track or bool(stops)  # else several tokens are decoded at once
         self._tokens: deque[Token] = deque()
         self._length = 0  # of all text so far
         self._visible = 0  # of what was given out
@@ -154,11 +154,6 @@ class TextStream:
     def push(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None
     ) -> str:
-        if not self._each:
-            self.num_tokens += len(token_ids)
-            text = self._detokenizer.push(token_ids)
-            self._length += len(text)
-            return self._show(text)
         parts = []
         for index, token_id in enumerate(token_ids):
             self.num_tokens += 1
@@ -202,7 +197,7 @@ class TextStream:
     ) -> str:
         if self._track:
             self._tokens.append(Token(token_id, self._length, logprobs, echoed))
-        text = self._detokenizer.push((token_id,))
+        text = self._detokenizer.push(token_id)
         self._length += len(text)
         return text
 

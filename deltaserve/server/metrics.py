@@ -153,10 +153,7 @@ class Watch:
                 self.first = now
                 self.metrics.ttft.labels(*labels).observe(now - self.started)
             else:
-                # Of an answer that is not streamed several tokens come at once.
-                mean = (now - self.last) / len(event.token_ids)
-                for _ in event.token_ids:
-                    self.metrics.itl.labels(*labels).observe(mean)
+                self.metrics.itl.labels(*labels).observe(now - self.last)
             self.last = now
             self.tokens += len(event.token_ids)
         if event.finish_reason is not None:

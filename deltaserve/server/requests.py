@@ -164,8 +164,6 @@ class Service:
                 model.info.name,
                 tuple(prompt),
                 _sampling(body, model, limit),
-                # A stop string is found here: each token must be looked at before the next.
-                streamed=bool(body.stream or body.stops),
                 **terms,
             )
             for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))

@@ -65,12 +65,9 @@ SIZES = {"bytes": 341, "sentencepiece": 268, "metaspace": 11}
 @given(style=st.sampled_from(STYLES), data=st.data())
 def test_any_tokens_stream_to_the_decoding_of_the_whole(decoders_by_style, style, data):
     decoder = decoders_by_style[style]
-    groups = data.draw(
-        st.lists(st.lists(st.integers(0, SIZES[style] - 1), max_size=5), max_size=20)
-    )
-    ids = [token for group in groups for token in group]
+    ids = data.draw(st.lists(st.integers(0, SIZES[style] - 1), max_size=40))
     detokenizer = Detokenizer(decoder)
-    parts = [detokenizer.push(group) for group in groups]
+    parts = [detokenizer.push(token) for token in ids]
     text = "".join(parts) + detokenizer.finish()
     assert text == decoder.decode(ids)
     if style == "bytes":  # whole characters only: what is unfinished comes at the end
@@ -136,4 +133,4 @@ def test_ordinary_text_is_not_delayed(decoders_by_style):
     decoder = decoders_by_style["bytes"]
     detokenizer = Detokenizer(decoder)
     ids = decoder.encode("the quick brown fox")
-    assert all(detokenizer.push([token]) for token in ids)
+    assert all(detokenizer.push(token) for token in ids)
