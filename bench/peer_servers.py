@@ -23,7 +23,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
 from deltaserve.bench.peer_models import PeerModels, prompt
 from deltaserve.bench.peer_peft import PeftProcess, Question
-from deltaserve.engine.base import has_arithmetic
+from deltaserve.kernels.dense import has_arithmetic
 
 START_SECONDS = 120.0
 MERGE_BYTES = 4 << 30

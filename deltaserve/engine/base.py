@@ -17,6 +17,7 @@ from deltaserve.engine.memory import free_memory
 from deltaserve.engine.model import load_base
 from deltaserve.engine.quantisation import loaded_bytes
 from deltaserve.errors import ConfigError
+from deltaserve.kernels.dense import has_arithmetic
 
 logger = logging.getLogger(__name__)
 FLOAT32_SHARE = 0.5
@@ -78,13 +79,3 @@ def _dtype(config: EngineConfig, base: Checkpoint, device: str) -> torch.dtype:
         return stored
     logger.info("this processor has no arithmetic in %s: the base is held in float32", stored)
     return torch.float32
-
-
-def has_arithmetic(dtype: torch.dtype) -> bool:
-    """Whether the processor's own matmuls take ``dtype``; where they do not, float32 was 4 to 6
-    times faster (32 rows of projections of 512 inputs, AVX2)."""
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return True

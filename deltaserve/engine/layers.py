@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from deltaserve.artifact.codecs.base import Encoded
@@ -20,31 +19,33 @@ from deltaserve.engine.delta_layer import DeltaLayer
 from deltaserve.engine.pieces import Piece, Pieces, apart, for_kernels, join
 from deltaserve.engine.routing import Segment, StepContext
 from deltaserve.engine.slot_table import SlotTable
+from deltaserve.kernels import dense
 from deltaserve.kernels.delta_embedding import GroupedEmbeddings, delta_embedding
 from deltaserve.kernels.delta_matmul import GroupedDeltas, LaidOut, RowChunks, delta_matmul
 
 MERGED = "merged"
 """What ``attach`` calls a whole weight, base + delta, kept beside the packed one."""
-MERGED_ROWS = 16
+MERGED_ROWS = 8
 """From so many rows of a delta in a step on, one matmul with base + delta is faster on a CPU than
-the base's and the packed delta's. Measured on projections of 512 to 2816 outputs, bfloat16, two
-cores, all of a 30 M model's layers: 2.9 ms merged against 1.3 + 0.4 at 8 rows, 3.4 against
-2.4 + 0.9 at 16, 4.3 against 4.6 + 1.5 at 32, 19 against 35 + 15 at 256."""
+the base's and the packed delta's. Measured on a 30 M model with 32 rows in bfloat16, two cores: a
+step takes as long either way with 8 deltas of 4 rows, and 32.5 ms against 36.0 with 4 of 8."""
 
 
 class DeltaLinear(DeltaLayer):
     """A projection, or several of one input side by side; weight and bias may change.
 
-    name: its path in the model, for messages. grouped: the weights that a kernel applies for
-    all deltas at once (``laid_out``), and shifts the biases less the base's; the others are in
-    ``weights`` and ``biases``. merged: whole weights, for segments of
-    many rows. replaced: slots whose own weights replace all of the base's outputs.
+    name: its path in the model, for messages. base_NK: the base's weight, which on a CPU may be
+    packed (``pack``): then ``inner.weight`` has its shape only. grouped: the weights that a kernel
+    applies for all deltas at once (``laid_out``), and shifts the biases less the base's; the others
+    are in ``weights`` and ``biases``. merged: whole weights, for segments of many rows. replaced:
+    slots whose own weights replace all of the base's outputs.
     """
 
     def __init__(self, inner: nn.Linear, step: StepContext, name: str) -> None:
         super().__init__(step)
         self.inner = inner
         self.quantised = type(inner) is not nn.Linear
+        self.base_NK = inner.weight.detach()
         self.grouped = GroupedDeltas(f"{name}.weight", like(inner), inner.bias is not None)
         self.laid_out: dict[int, tuple[Piece, ...]] = {}
         self.shifts: SlotTable | None = None
@@ -55,6 +56,15 @@ class DeltaLinear(DeltaLayer):
         self.biases: dict[int, torch.Tensor] = {}
         self.num_outputs: dict[int, int] = {}
         self.replaced: set[int] = set()
+
+    def pack(self) -> None:
+        """Reorder the base's weight for this processor's matmul, where it has an order of its
+        own. The plain one is freed, unless it serves something else too."""
+        if not self.quantised and dense.packs(self.base_NK):
+            self.base_NK = dense.pack(self.base_NK)
+            shape_only = torch.empty(1, dtype=self.base_NK.dtype).expand(self.base_NK.shape)
+            self.inner.weight = nn.Parameter(shape_only, requires_grad=False)
+            self.grouped.base_NK = shape_only
 
     def prepare(self, parameter: str, pieces: Pieces) -> Pieces:
         """What ``attach`` shall keep: laid out as this device computes."""
@@ -79,12 +89,14 @@ class DeltaLinear(DeltaLayer):
 
     def _whole(self, values: Pieces) -> Piece:
         """The fine-tune's weight [N, K], from the values of what it changes."""
-        base_NK = self.inner.weight
-        rows = max([len(base_NK), *(piece.outputs.stop for piece in values)])
-        whole_NK = base_NK.new_empty(rows, base_NK.shape[1])
-        whole_NK[: len(base_NK)] = base_NK
+        whole_NK = dense.unpack(self.base_NK)
+        more = max(piece.outputs.stop for piece in values) - len(whole_NK)
+        if more > 0:
+            whole_NK = torch.cat([whole_NK, whole_NK.new_zeros(more, whole_NK.shape[1])])
         for piece in values:
             whole_NK[piece.outputs] = piece.values
+        if dense.packs(whole_NK):
+            whole_NK = dense.pack(whole_NK)
         shape = tuple(whole_NK.shape)
         return Piece(0, Encoded("raw", {}, shape, whole_NK.dtype, {"values": whole_NK}))
 
@@ -184,7 +196,7 @@ class DeltaLinear(DeltaLayer):
         if self.quantised:
             y_TN: torch.Tensor = self.inner(x_TK)
             return y_TN
-        return F.linear(x_TK, self.inner.weight, self.inner.bias)
+        return dense.linear(x_TK, self.base_NK, self.inner.bias)
 
     def base_spans(self, num_rows: int) -> list[tuple[int, int]]:
         """Runs of rows that need the base's output: all but those with a whole weight of their
@@ -222,7 +234,7 @@ class DeltaLinear(DeltaLayer):
         own_N = self.biases.get(segment.slot, bias_N)
         if self._runs_merged(segment):
             merged_NK = self.merged[segment.slot]
-            y_SN[:, : len(merged_NK)] = F.linear(x_SK, merged_NK, own_N)
+            y_SN[:, : len(merged_NK)] = dense.linear(x_SK, merged_NK, own_N)
             return
         if own_N is not None and bias_N is not None and own_N is not bias_N:
             y_SN[:, : len(own_N)] += own_N - bias_N

@@ -127,7 +127,18 @@ def make_delta_aware(model: nn.Module, architecture: str, step: StepContext) -> 
     wrapped |= _share_inputs(wrapped, step)
     for path, stand_in in wrapped.items():
         model.set_submodule(path, stand_in)
+    _pack(wrapped)
     return wrapped
+
+
+def _pack(wrapped: dict[str, Wrapper]) -> None:
+    """Weights as this processor multiplies by them, but those that are looked up by the row too:
+    a tied head would be in memory twice."""
+    layers = {part_of(module)[0] for module in wrapped.values()}
+    looked_up = [x.inner.weight for x in layers if isinstance(x, DeltaEmbedding)]
+    for layer in layers:
+        if isinstance(layer, DeltaLinear) and not any(layer.inner.weight is w for w in looked_up):
+            layer.pack()
 
 
 def widest_projection(modules: dict[str, Wrapper]) -> torch.Tensor:

@@ -110,12 +110,12 @@ class Operands:
 
     def bytes_shared_with(self, tensors: Iterable[torch.Tensor]) -> int:
         """How many bytes of ``tensors`` are operands themselves."""
-        return sum(t.nbytes for t in tensors if t.data_ptr() in self._by_address)
+        return sum(t.nbytes for t in tensors if _address(t) in self._by_address)
 
     @cached_property
     def _by_address(self) -> dict[int, torch.Tensor]:
         tensors = (tensor for b in self.bindings for tensor in _tensors(b))
-        return {tensor.data_ptr(): tensor for tensor in tensors if tensor.nbytes}
+        return {_address(tensor): tensor for tensor in tensors if tensor.nbytes}
 
 
 Image = Delta | Operands
@@ -347,6 +347,11 @@ def _decoded(codec: str, shape: tuple[int, ...]) -> bool:
 def _tensors(binding: Binding) -> Iterator[torch.Tensor]:
     for piece in binding.pieces:
         yield from piece.tensors
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """The same for the same memory. What is packed for a CPU does not tell where it lies."""
+    return id(tensor) if tensor.is_mkldnn else tensor.data_ptr()
 
 
 def _is_vector(binding: Binding) -> bool:

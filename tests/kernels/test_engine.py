@@ -50,5 +50,5 @@ def test_a_mixed_batch_on_the_kernels(tmp_path: Path, monkeypatch: pytest.Monkey
         compress(base, tune, delta, plan)
         export(base, delta, tmp_path / label)
         deltas[label], checkpoints[label] = delta, tmp_path / label
-    test_families.check_against_reference(base, deltas, checkpoints)
+    test_families.check_against_reference(base, deltas, checkpoints, exact_bytes=False)
     assert all(applied)

@@ -1,0 +1,67 @@
+"""Packed weights give what plain ones give, whatever the shapes; nothing of them is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deltaserve.artifact.checkpoint import Checkpoint
+from deltaserve.engine.layers import DeltaHead, DeltaLinear
+from deltaserve.engine.model import load_base, make_delta_aware
+from deltaserve.engine.projections import part_of
+from deltaserve.engine.routing import StepContext
+from deltaserve.kernels import dense
+from tests.families import make_base
+
+SIZES = st.integers(1, 130)
+
+
+@given(
+    rows=st.integers(0, 70), outputs=SIZES, inputs=SIZES, bias=st.booleans(), wider=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_products_with_a_packed_weight(rows, outputs, inputs, bias, wider, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight_NK = torch.randn(outputs, inputs, generator=generator).to(dtype)
+    x_TK = torch.randn(rows, inputs + 3 * wider, generator=generator).to(dtype)[:, :inputs]
+    bias_N = torch.randn(outputs, generator=generator).to(dtype) if bias else None
+    packed = dense.pack(weight_NK)
+    assert torch.equal(dense.unpack(packed), weight_NK)
+    assert (packed.shape, packed.dtype, packed.nbytes) == (
+        weight_NK.shape, weight_NK.dtype, weight_NK.nbytes,
+    )  # fmt: skip
+    y_TN = dense.linear(x_TK, packed, bias_N)
+    exact = F.linear(x_TK.double(), weight_NK.double(), None if bias_N is None else bias_N.double())
+    sizes = F.linear(x_TK.double().abs(), weight_NK.double().abs())  # of what is summed
+    rounding = torch.finfo(dtype).eps * exact.abs() + torch.finfo(torch.float32).eps * sizes
+    assert y_TN.dtype == dtype
+    assert bool(((y_TN.double() - exact).abs() <= 4 * rounding).all())
+
+
+def test_what_cannot_be_packed_is_multiplied_as_it_is():
+    weight_NK = torch.randn(6, 5, dtype=torch.float64)
+    x_TK = torch.randn(2, 5, dtype=torch.float64)
+    assert not dense.packs(weight_NK)
+    assert torch.equal(dense.linear(x_TK, weight_NK), x_TK @ weight_NK.T)
+    assert not dense.packs(dense.pack(torch.randn(6, 5)))
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "llama"])
+def test_each_weight_of_the_base_is_in_memory_once(family: str, tmp_path: Path):
+    base = Checkpoint.open(make_base(family, tmp_path / "base"))
+    model = load_base(base, torch.float32, "cpu")
+    modules = make_delta_aware(model, base.architecture, StepContext())
+    layers = {part_of(module)[0] for module in modules.values()}
+    linears = [layer for layer in layers if isinstance(layer, DeltaLinear)]
+    assert linears
+    for layer in linears:
+        tied = family == "llama-tied" and isinstance(layer, DeltaHead)
+        assert layer.base_NK.is_mkldnn is not tied
+        assert layer.inner.weight.shape == layer.base_NK.shape
+        stored = layer.inner.weight.untyped_storage().nbytes()
+        assert stored == (layer.base_NK.nbytes if tied else torch.float32.itemsize)
