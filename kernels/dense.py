@@ -1,7 +1,7 @@
 """Dense projections on a CPU, with weights in the order in which oneDNN reads them.
 
-Given a plain weight, each matmul copies it into that order first, which for few rows takes as
-long as the product. For a weight of 1536 x 512 on two cores with AVX512-BF16 the product with 1, 4, 32
+Given a plain weight, each matmul copies it into that order first, which for few rows takes as long
+as the product. With a weight of 1536 x 512 on two cores with AVX512-BF16 that of 1, 4, 32
 and 256 rows took 139, 155, 257 and 1026 us in bfloat16, and 74, 77, 168 and 943 once it was
 packed; 292, 395, 690 and 2977 in float32 (by MKL), and 119, 121, 311 and 1915. In bfloat16 the
 results are the same bits. N outputs, K inputs, T rows.
