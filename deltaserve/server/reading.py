@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from pydantic_core import from_json
@@ -13,10 +15,17 @@ from deltaserve.engine.grammar import check_grammar
 from deltaserve.errors import RequestError
 from deltaserve.server.errors import ApiError
 from deltaserve.server.protocol import Body, BodyT, GenerationRequest, parse
-from deltaserve.server.sse import ClientGoneError
-from deltaserve.server.turns import in_turn
+from deltaserve.server.sse import ClientGoneError, while_connected
+from deltaserve.server.turns import LARGE_BYTES, in_turn
 
+T = TypeVar("T")
 OtherT = TypeVar("OtherT", bound=Body)
+
+MAX_NODES = LARGE_BYTES
+"""Lists, objects and members of objects in a body. Reading one takes far longer than its bytes
+tell, and nothing else runs meanwhile, in whatever thread it is done."""
+NODE = re.compile(rb'([\[{:])|"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+"""A node, or a text: what stands in there is none. Never goes back, so it takes linear time."""
 
 
 async def read_request(request: Request, model: type[BodyT]) -> BodyT:
@@ -26,7 +35,7 @@ async def read_request(request: Request, model: type[BodyT]) -> BodyT:
         RequestError: not JSON, too large, wrong fields, a grammar that is none.
         ClientGoneError: the client went away while it was sending.
     """
-    body = parse(model, await _read_json(request))
+    body = await _read_json(request, lambda content: parse(model, content))
     if isinstance(body, GenerationRequest) and (asked := body.grammar()) is not None:
         field, grammar = asked
         try:
@@ -38,8 +47,28 @@ async def read_request(request: Request, model: type[BodyT]) -> BodyT:
 
 async def read_object(request: Request) -> dict[str, Any]:
     """The JSON object of a management request. Raises RequestError."""
+    return await _read_json(request, _object)
+
+
+async def read_either(
+    request: Request, model: type[BodyT], other: type[OtherT], field: str
+) -> BodyT | OtherT:
+    """A body of one of two kinds: of the first, if it has ``field``."""
+
+    def parse_either(body: bytes) -> BodyT | OtherT:
+        try:
+            content = from_json(body)
+        except ValueError:
+            content = None  # ``parse`` says what is wrong
+        chosen: type[Any] = model if isinstance(content, dict) and field in content else other
+        return cast("BodyT | OtherT", parse(chosen, body))
+
+    return await _read_json(request, parse_either)
+
+
+def _object(body: bytes) -> dict[str, Any]:
     try:
-        content = from_json(await _read_json(request), allow_inf_nan=False)
+        content = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise RequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -47,24 +76,34 @@ async def read_object(request: Request) -> dict[str, Any]:
     return content
 
 
-async def read_either(
-    request: Request, model: type[BodyT], other: type[OtherT], field: str
-) -> BodyT | OtherT:
-    """A body of one of two kinds: of the first, if it has ``field``."""
-    body = await _read_json(request)
-    try:
-        content = from_json(body)
-    except ValueError:
-        content = None  # ``parse`` says what is wrong
-    chosen: type[Any] = model if isinstance(content, dict) and field in content else other
-    return cast("BodyT | OtherT", parse(chosen, body))
-
-
-async def _read_json(request: Request) -> bytes:
+async def _read_json(request: Request, parse_body: Callable[[bytes], T]) -> T:
+    """What ``parse_body`` makes of the body; of a large one in the tenant's turn."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # also keeps foreign web pages from posting unasked
         raise ApiError(415, "the body must be JSON, with 'Content-Type: application/json'")
-    return await _read_body(request)
+    body = await _read_body(request)
+    if len(body) <= LARGE_BYTES:
+        return parse_body(body)
+
+    def work() -> T:
+        check_nodes(body)
+        return parse_body(body)
+
+    return await while_connected(request.receive, in_turn(request, work))
+
+
+def check_nodes(body: bytes) -> None:
+    """Raises RequestError for JSON of too many parts."""
+    if sum(body.count(mark) for mark in (b"[", b"{", b":")) <= MAX_NODES:
+        return
+    nodes = 0
+    for found in NODE.finditer(body):
+        nodes += found.lastindex is not None
+        if nodes > MAX_NODES:
+            raise RequestError(
+                f"the body holds more than {MAX_NODES} lists, objects and members of objects: "
+                "send several requests"
+            )
 
 
 async def _read_body(request: Request) -> bytes:

@@ -239,13 +239,6 @@ def check_prompt(
     """
     if not prompt:
         raise RequestError(f"{param} is empty: it must hold at least one token", param=param)
-    if min(prompt) < 0 or max(prompt) >= model.info.vocab_size:
-        wrong = next(token for token in prompt if not 0 <= token < model.info.vocab_size)
-        raise RequestError(
-            f"{param} holds the token id {wrong}, but {model.info.name} has ids from 0 "
-            f"to {model.info.vocab_size - 1}",
-            param=param,
-        )
     room = model.max_model_len - len(prompt)
     needed = 1 if max_tokens is None else max_tokens
     if room < needed:
@@ -258,6 +251,13 @@ def check_prompt(
             f"prompt and {asked}. Shorten the prompt or lower max_tokens.",
             param=param,
             code="context_length_exceeded",
+        )
+    if min(prompt) < 0 or max(prompt) >= model.info.vocab_size:
+        wrong = next(token for token in prompt if not 0 <= token < model.info.vocab_size)
+        raise RequestError(
+            f"{param} holds the token id {wrong}, but {model.info.name} has ids from 0 "
+            f"to {model.info.vocab_size - 1}",
+            param=param,
         )
     return min(room, default or room) if max_tokens is None else max_tokens
 
