@@ -12,8 +12,10 @@ from starlette.requests import ClientDisconnect, Request
 
 from deltaserve.config import ServerConfig
 from deltaserve.engine.grammar import check_grammar
+from deltaserve.engine.types import Grammar
 from deltaserve.errors import RequestError
 from deltaserve.server.errors import ApiError
+from deltaserve.server.grammars import MAX_GRAMMAR_LENGTH
 from deltaserve.server.protocol import Body, BodyT, GenerationRequest, parse
 from deltaserve.server.sse import ClientGoneError, while_connected
 from deltaserve.server.turns import LARGE_BYTES, in_turn
@@ -35,14 +37,29 @@ async def read_request(request: Request, model: type[BodyT]) -> BodyT:
         RequestError: not JSON, too large, wrong fields, a grammar that is none.
         ClientGoneError: the client went away while it was sending.
     """
-    body = await _read_json(request, lambda content: parse(model, content))
-    if isinstance(body, GenerationRequest) and (asked := body.grammar()) is not None:
+
+    def read(content: bytes) -> tuple[BodyT, tuple[str, Grammar] | None]:
+        found = parse(model, content)
+        return found, usable_grammar(found) if isinstance(found, GenerationRequest) else None
+
+    body, asked = await _read_json(request, read)
+    if asked is not None:
         field, grammar = asked
         try:
             await in_turn(request, lambda: check_grammar(grammar))
         except RequestError as error:
             raise RequestError(f"{field}: {error}", param=field) from error
     return body
+
+
+def usable_grammar(body: GenerationRequest) -> tuple[str, Grammar] | None:
+    """``body.grammar()``, if it is not too long. Raises RequestError."""
+    asked = body.grammar()
+    if asked is not None and len(asked[1].text) > MAX_GRAMMAR_LENGTH:
+        raise RequestError(
+            f"{asked[0]} is longer than {MAX_GRAMMAR_LENGTH} characters as text", param=asked[0]
+        )
+    return asked
 
 
 async def read_object(request: Request) -> dict[str, Any]:
