@@ -14,6 +14,7 @@ from deltaserve.config import ServerConfig
 from deltaserve.engine.grammar import check_grammar
 from deltaserve.engine.types import Grammar
 from deltaserve.errors import RequestError
+from deltaserve.server.auth import ticket_of
 from deltaserve.server.errors import ApiError
 from deltaserve.server.grammars import MAX_GRAMMAR_LENGTH
 from deltaserve.server.protocol import Body, BodyT, GenerationRequest, parse
@@ -35,6 +36,7 @@ async def read_request(request: Request, model: type[BodyT]) -> BodyT:
 
     Raises:
         RequestError: not JSON, too large, wrong fields, a grammar that is none.
+        LimitError: too much of the tenant's is being read.
         ClientGoneError: the client went away while it was sending.
     """
 
@@ -126,11 +128,14 @@ def check_nodes(body: bytes) -> None:
 async def _read_body(request: Request) -> bytes:
     config: ServerConfig = request.app.state.config
     body, limit, seconds = bytearray(), config.max_body_bytes, config.request_timeout_s
+    ticket = ticket_of(request)
     too_large = int(request.headers.get("content-length", 0)) > limit
     try:
         async with asyncio.timeout(seconds):
             if not too_large:
                 async for chunk in request.stream():
+                    if ticket is not None:
+                        ticket.hold(len(chunk))
                     body += chunk
                     if too_large := len(body) > limit:
                         break
