@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -70,9 +70,13 @@ async def respond(
 
 
 def _whole(about: dict[str, Any], shape: Shape, pieces: list[Piece]) -> bytes:
-    """The answer as JSON, choice by choice: nothing else runs while one is encoded."""
-    choices = b", ".join(encode(shape.whole(piece)) for piece in pieces)
-    return encode(about | shape.around(pieces))[:-1] + b', "choices": [' + choices + b"]}"
+    return with_list(about | shape.around(pieces), "choices", map(shape.whole, pieces))
+
+
+def with_list(about: dict[str, Any], name: str, items: Iterable[Any]) -> bytes:
+    """``about`` and a list as JSON, item by item: nothing else runs while one is encoded."""
+    listed = b", ".join(map(encode, items))
+    return encode(about)[:-1] + b', "%b": [%b]}' % (name.encode(), listed)
 
 
 async def collect(generation: Generation) -> list[Piece]:
