@@ -32,7 +32,7 @@ def open_database(path: Path, migrations: Migrations) -> sqlite3.Connection:
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        _make(path)
         connection = sqlite3.connect(
             path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -65,6 +65,17 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         if connection.in_transaction:  # SQLite has rolled back by itself when the disk is full
             connection.execute("ROLLBACK")
         raise
+
+
+def _make(path: Path) -> None:
+    """An empty file that only its owner may read, unless there is one.
+
+    One that is there is not even opened: closing it would end all locks that this process holds on
+    it. The next program that reads the database would then take itself for the last who does, and
+    remove the log to which this process goes on writing.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:

@@ -222,13 +222,17 @@ class Compiler:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._vocabularies: dict[tuple[str, int], Vocabulary] = {}
-        self._compiled: OrderedDict[tuple[str, Grammar], LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, str, Grammar], LLMatcher] = OrderedDict()
 
     def matcher(
-        self, grammar: Grammar, vocabulary: Vocabulary, stop_token_ids: frozenset[int]
+        self, tenant: str, grammar: Grammar, vocabulary: Vocabulary, stop_token_ids: frozenset[int]
     ) -> GrammarMatcher:
-        """Raises RequestError for a bad grammar, CheckpointError for a missing tokenizer."""
-        key = (vocabulary.digest, grammar)
+        """Raises RequestError for a bad grammar, CheckpointError for a missing tokenizer.
+
+        Each tenant has grammars of its own: else the time that compiling takes would tell which
+        ones the others use.
+        """
+        key = (tenant, vocabulary.digest, grammar)
         with self._lock:
             inner = self._compiled.get(key)
         if inner is None:
@@ -288,10 +292,11 @@ class Preparing:
     def add(self, seq: Sequence, vocabulary: Vocabulary) -> None:
         sampling = seq.request.sampling
         assert sampling.grammar is not None
+        tenant = seq.request.tenant
         work = partial(
-            self._compiler.matcher, sampling.grammar, vocabulary, sampling.stop_token_ids
+            self._compiler.matcher, tenant, sampling.grammar, vocabulary, sampling.stop_token_ids
         )
-        self._waiting[seq] = _Wait(seq.request.tenant, work)
+        self._waiting[seq] = _Wait(tenant, work)
         self._begin()
 
     def _begin(self) -> None:

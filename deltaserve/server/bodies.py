@@ -17,7 +17,7 @@ from deltaserve.server.protocol import (
     Salt,
     TokenId,
 )
-from deltaserve.server.strict import Neutral
+from deltaserve.server.strict import Items, Neutral
 
 
 class PooledRequest(GenerationRequest):
@@ -84,4 +84,4 @@ class TokenizeChat(Body, ChatPrompt):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Items[TokenId]

@@ -100,8 +100,14 @@ def error_response(error: Exception) -> Response:
 def json_response(
     content: Any, status: int = 200, headers: dict[str, str] | None = None
 ) -> Response:
+    """``content`` as JSON; bytes are that already."""
+    body = content if isinstance(content, bytes) else encode(content)
+    return Response(body, status, headers, media_type="application/json")
+
+
+def encode(content: Any) -> bytes:
     """JSON in ASCII, so that no text, however odd, can fail to be encoded."""
-    return Response(json.dumps(content), status, headers, media_type="application/json")
+    return json.dumps(content).encode()
 
 
 def _body(

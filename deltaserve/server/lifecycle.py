@@ -74,6 +74,8 @@ def serve(config: ServerConfig) -> None:
             server_header=False,
         )
         ready = f"DeltaServe ready at {_url(listener)} — {_summary(names)}"
+        if not config.locked:
+            ready += "\nNo key is set: everybody on this machine may use it, and nobody else can."
         server = Server(settings, ready, client, drain, config.drain_timeout_s)
         if office is not None:
             server.on_end = office.sources.stop

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deltaserve.errors import RequestError
 from deltaserve.server import unsupported
-from deltaserve.server.strict import Strict, one_of
+from deltaserve.server.strict import Items, Strict, one_of
 
 MAX_TOOLS = 256
 RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
@@ -47,9 +47,11 @@ class Message(Strict):
     neutral = unsupported.MESSAGE
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: Annotated[str | list[TextPart] | None, one_of("a text or a list of text parts")] = None
+    content: Annotated[str | Items[TextPart] | None, one_of("a text or a list of text parts")] = (
+        None
+    )
     name: str | None = None
-    tool_calls: list[MadeCall] | None = None
+    tool_calls: Items[MadeCall] | None = None
     tool_call_id: str | None = None
 
     def check(self, where: str) -> None:
@@ -115,8 +117,8 @@ class Tool(Strict):
 class ChatPrompt(Strict):
     """What a conversation's prompt is made of."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[Items[Message], Field(min_length=1)]
+    tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool | None = None
     """Let the assistant begin to speak; the default."""
     continue_final_message: bool | None = None

@@ -19,7 +19,7 @@ from deltaserve.server.grammars import (
     read,
 )
 from deltaserve.server.messages import ChatPrompt, Function, Tool
-from deltaserve.server.strict import Strict, one_of
+from deltaserve.server.strict import Items, Strict, one_of
 from deltaserve.server.tools.forced import one_call, some_calls
 
 INT64_MAX = 2**63 - 1
@@ -35,7 +35,7 @@ NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 Salt = Annotated[str, Field(min_length=1, max_length=1024)]
 Prompts = Annotated[
-    str | list[str] | list[int] | list[list[int]],
+    str | Items[str] | Items[int] | Items[Items[int]],
     one_of("a text, a list of texts, a list of token ids, or a list of lists of token ids"),
 ]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -78,13 +78,13 @@ class GenerationRequest(Body):
     stop: Annotated[
         Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
         | Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+            Items[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
             Field(max_length=MAX_STOPS),
         ]
         | None,
         one_of(f"a text or up to {MAX_STOPS} texts, each of 1 to {MAX_STOP_LENGTH} characters"),
     ] = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
+    stop_token_ids: Annotated[Items[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -95,7 +95,7 @@ class GenerationRequest(Body):
     """Token id, as text, to what is added to its logit."""
     prompt_logprobs: NumLogprobs | None = None
     return_token_ids: bool | None = None
-    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    allowed_token_ids: Annotated[Items[TokenId], Field(min_length=1)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     # vLLM's names before structured_outputs

@@ -33,6 +33,9 @@ logger = logging.getLogger("deltaserve.server")
 
 MAX_CHOICES = 2048
 """Prompts times n in one HTTP request."""
+MAX_REPORTED = 2**20
+"""Logprobs of prompts' tokens in one answer, unless it is about a single sequence: there may be 21
+for each token, and n choices repeat them all."""
 MIN_TEMPERATURE = 1e-5
 """Below it logits overflow; the answer is the greedy one anyway (vLLM's bound)."""
 MODELS_IN_MESSAGE = 5
@@ -149,6 +152,7 @@ class Service:
         LimitError.
         """
         self._require_same(request, model)
+        _check_reported(body, prompts)
         if body.priority and self.config.engine.scheduling_policy == "fcfs":
             raise RequestError(
                 "priority has no effect here: the server runs requests in the order in which "
@@ -239,13 +243,6 @@ def check_prompt(
     """
     if not prompt:
         raise RequestError(f"{param} is empty: it must hold at least one token", param=param)
-    if min(prompt) < 0 or max(prompt) >= model.info.vocab_size:
-        wrong = next(token for token in prompt if not 0 <= token < model.info.vocab_size)
-        raise RequestError(
-            f"{param} holds the token id {wrong}, but {model.info.name} has ids from 0 "
-            f"to {model.info.vocab_size - 1}",
-            param=param,
-        )
     room = model.max_model_len - len(prompt)
     needed = 1 if max_tokens is None else max_tokens
     if room < needed:
@@ -259,6 +256,13 @@ def check_prompt(
             param=param,
             code="context_length_exceeded",
         )
+    if min(prompt) < 0 or max(prompt) >= model.info.vocab_size:
+        wrong = next(token for token in prompt if not 0 <= token < model.info.vocab_size)
+        raise RequestError(
+            f"{param} holds the token id {wrong}, but {model.info.name} has ids from 0 "
+            f"to {model.info.vocab_size - 1}",
+            param=param,
+        )
     return min(room, default or room) if max_tokens is None else max_tokens
 
 
@@ -268,6 +272,20 @@ def check_choices(num_prompts: int, n: int | None) -> None:
     if total > MAX_CHOICES:
         raise RequestError(
             f"prompts times n is {total}, but at most {MAX_CHOICES} in one request", param="n"
+        )
+
+
+def _check_reported(body: GenerationRequest, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises RequestError when the answer would be mostly prompts' logprobs, and huge."""
+    if body.num_prompt_logprobs is None or len(prompts) * (body.n or 1) == 1:
+        return
+    reported = sum(map(len, prompts)) * (body.n or 1) * (body.num_prompt_logprobs + 1)
+    if reported > MAX_REPORTED:
+        param = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+        raise RequestError(
+            f"{param}: {reported} of the prompts' tokens would be reported, but at most "
+            f"{MAX_REPORTED} in one request: send fewer prompts, or ask for a smaller n",
+            param=param,
         )
 
 

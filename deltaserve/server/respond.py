@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deltaserve.server.errors import json_response
+from deltaserve.server.errors import encode, json_response
 from deltaserve.server.generate import Generation, Piece, join
 from deltaserve.server.protocol import GenerationRequest
 from deltaserve.server.requests import ServedModel
 from deltaserve.server.sse import DONE, EventStream, event, while_connected
+from deltaserve.server.turns import in_turn
 
 
 class Shape(Protocol):
@@ -60,9 +61,22 @@ async def respond(
         await generation.settle()
     finally:
         generation.abort()
-    choices = [shape.whole(piece) for piece in pieces]
-    answer = {**envelope, "choices": choices, "usage": generation.usage()}
-    return json_response(answer | shape.around(pieces))
+    about = {**envelope, "usage": generation.usage()}
+    if body.num_logprobs is None and body.num_prompt_logprobs is None:
+        return json_response(_whole(about, shape, pieces))
+    # Seconds of work, when there are many: other tenants' answers go on meanwhile.
+    work = in_turn(request, lambda: _whole(about, shape, pieces))
+    return json_response(await while_connected(request.receive, work))
+
+
+def _whole(about: dict[str, Any], shape: Shape, pieces: list[Piece]) -> bytes:
+    return with_list(about | shape.around(pieces), "choices", map(shape.whole, pieces))
+
+
+def with_list(about: dict[str, Any], name: str, items: Iterable[Any]) -> bytes:
+    """``about`` and a list as JSON, item by item: nothing else runs while one is encoded."""
+    listed = b", ".join(map(encode, items))
+    return encode(about)[:-1] + b', "%b": [%b]}' % (name.encode(), listed)
 
 
 async def collect(generation: Generation) -> list[Piece]:

@@ -13,10 +13,11 @@ from fastapi import APIRouter, Request, Response
 
 from deltaserve.server.bodies import EmbeddingRequest
 from deltaserve.server.errors import json_response
+from deltaserve.server.generate import Piece
 from deltaserve.server.prompts import beside, text_prompts
 from deltaserve.server.reading import read_request
 from deltaserve.server.requests import Service, check_prompt
-from deltaserve.server.respond import collect
+from deltaserve.server.respond import collect, with_list
 from deltaserve.server.sse import while_connected
 
 
@@ -37,20 +38,23 @@ def embeddings_router(service: Service) -> APIRouter:
             await generation.settle()
         finally:
             generation.abort()
-        data = [
-            {
-                "object": "embedding",
-                "index": piece.index,
-                "embedding": _shown(piece.embedding or (), body.encoding_format),
-            }
-            for piece in pieces
-        ]
         count = generation.prompt_tokens
-        usage = {"prompt_tokens": count, "total_tokens": count}
-        answer = {"object": "list", "data": data, "model": model.info.name, "usage": usage}
-        return json_response({"id": request_id, **answer})
+        about = {
+            "id": request_id,
+            "object": "list",
+            "model": model.info.name,
+            "usage": {"prompt_tokens": count, "total_tokens": count},
+        }
+        items = (_item(piece, body.encoding_format) for piece in pieces)
+        # Millions of numbers, when there are many: other tenants' answers go on meanwhile.
+        return json_response(await beside(request, lambda: with_list(about, "data", items)))
 
     return router
+
+
+def _item(piece: Piece, encoding: str | None) -> dict[str, Any]:
+    vector = _shown(piece.embedding or (), encoding)
+    return {"object": "embedding", "index": piece.index, "embedding": vector}
 
 
 def _shown(vector: tuple[float, ...], encoding: str | None) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from deltaserve.errors import RequestError
 from deltaserve.server.auth import ADMIN
@@ -20,6 +20,7 @@ from deltaserve.tenancy.tenants import Tenant, parse_duration
 
 DEFAULT_OVERLAP = "24h"
 MAX_LINES = 1000
+LineId = Annotated[int, Query(ge=1, le=2**62)]
 
 
 def tenants_router(accounts: Accounts, limiter: Limiter) -> APIRouter:
@@ -103,7 +104,7 @@ def tenants_router(accounts: Accounts, limiter: Limiter) -> APIRouter:
         return json_response({"object": "key", "id": key_id, "revoked": True})
 
     @router.get("/v1/audit")
-    async def read_audit(limit: int = 100, before: int | None = None) -> Response:
+    async def read_audit(limit: int = 100, before: LineId | None = None) -> Response:
         """The latest changes first; ``before``: the id at which the last page ended."""
         if not 1 <= limit <= MAX_LINES:
             raise RequestError(f"limit must be from 1 to {MAX_LINES}", param="limit")

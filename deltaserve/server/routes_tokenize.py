@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deltaserve.errors import RequestError
 from deltaserve.server.bodies import DetokenizeRequest, TokenizeChat, TokenizeText
-from deltaserve.server.errors import json_response
+from deltaserve.server.errors import encode, json_response
 from deltaserve.server.logprobs import token_text
 from deltaserve.server.prompts import beside
 from deltaserve.server.reading import read_either, read_request
@@ -42,21 +42,16 @@ def tokenize_router(service: Service) -> APIRouter:
         model = await service.model(request, body.model or service.default(request))
         tokenizer = model.tokenizer
 
-        def encode() -> list[int]:
+        def answer() -> bytes:
             if isinstance(body, TokenizeChat):
-                return tokenizer.encode_chat(body)
-            return tokenizer.encode(body.prompt, body.add_special_tokens is not False)
+                tokens = tokenizer.encode_chat(body)
+            else:
+                tokens = tokenizer.encode(body.prompt, body.add_special_tokens is not False)
+            shown = [token_text(t, tokenizer) for t in tokens] if body.return_token_strs else None
+            found = {"count": len(tokens), "max_model_len": model.max_model_len}
+            return encode({**found, "tokens": tokens, "token_strs": shown})
 
-        tokens = await beside(request, encode)
-        answer = {
-            "count": len(tokens),
-            "max_model_len": model.max_model_len,
-            "tokens": tokens,
-            "token_strs": None,
-        }
-        if body.return_token_strs:
-            answer["token_strs"] = [token_text(token, tokenizer) for token in tokens]
-        return json_response(answer)
+        return json_response(await beside(request, answer))
 
     @router.post("/v1/detokenize")
     async def detokenize(request: Request) -> Response:
@@ -64,15 +59,18 @@ def tokenize_router(service: Service) -> APIRouter:
         body = await read_request(request, DetokenizeRequest)
         model = await service.model(request, body.model or service.default(request))
         size = model.info.vocab_size
-        if wrong := [token for token in body.tokens if token >= size]:
-            raise RequestError(
-                f"tokens holds {wrong[0]}, but {model.info.name} has ids from 0 to {size - 1}",
-                param="tokens",
+
+        def answer() -> bytes:
+            if (most := max(body.tokens, default=0)) >= size:
+                raise RequestError(
+                    f"tokens holds {most}, but {model.info.name} has ids from 0 to {size - 1}",
+                    param="tokens",
+                )
+            return encode(
+                {"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)}
             )
-        text = await beside(
-            request, lambda: model.tokenizer.decode(body.tokens, skip_special_tokens=False)
-        )
-        return json_response({"prompt": text})
+
+        return json_response(await beside(request, answer))
 
     @router.get("/v1/tokenizer_info")
     async def tokenizer_info(request: Request, model: str | None = None) -> Response:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
@@ -17,6 +18,10 @@ from pydantic_core import PydanticCustomError
 
 from deltaserve.errors import RequestError
 
+T = TypeVar("T")
+
+Items = Annotated[list[T], Field(fail_fast=True)]
+"""A list, read up to its first mistake: of millions each would cost more than the list."""
 Neutral = Mapping[str, tuple[Any, ...]]
 
 
@@ -54,8 +59,9 @@ class Strict(BaseModel):
             name, value = type(self).model_fields[field].alias or field, getattr(self, field)
             if isinstance(value, Strict):
                 value.refuse_extra(f"{prefix}{name}.")
-            for index, item in enumerate(value if isinstance(value, list) else ()):
-                if isinstance(item, Strict):
+            # Items of a list are of one kind, and there may be millions of numbers.
+            if isinstance(value, list) and value and isinstance(value[0], Strict):
+                for index, item in enumerate(value):
                     item.refuse_extra(f"{prefix}{name}.{index}.")
 
 

@@ -26,6 +26,10 @@ WINDOW = 60.0
 GRAIN = WINDOW / 600
 """Entries so close together are one, of the later time: memory is bounded, no limit exceeded."""
 
+MAX_HELD_BYTES = 2**28
+"""Of bodies of a tenant's requests in progress: they are kept in memory while they are read, and as
+prompts while they wait."""
+
 Period = Literal["day", "month"]
 
 
@@ -113,6 +117,8 @@ class Meter:
     requests: Window = field(default_factory=Window)
     tokens: Window = field(default_factory=Window)
     parallel: int = 0
+    held: int = 0
+    """Bytes of the bodies of requests in progress."""
     day: Budget = field(default_factory=lambda: Budget("day"))
     month: Budget = field(default_factory=lambda: Budget("month"))
 
@@ -229,6 +235,7 @@ class Ticket:
         self.subjects = subjects
         self._limiter = limiter
         self._reserved = 0
+        self._held = 0
         self._entries: list[Entry] = []
         self._at = limiter.wall()
         self._open = True
@@ -237,6 +244,22 @@ class Ticket:
     def at(self) -> float:
         """Unix time at which the request came; its tokens belong to that day."""
         return self._at
+
+    def hold(self, bytes_: int) -> None:
+        """So much more of the request's body has come. Raises LimitError, unless nothing else of
+        the tenant is in progress: how large one may be is not decided here."""
+        limiter, tenant = self._limiter, self.subjects[0].name
+        with limiter.lock:
+            assert self._open
+            meter = limiter.meter(tenant)
+            if meter.held > self._held and meter.held + bytes_ > MAX_HELD_BYTES:
+                raise LimitError(
+                    f"{tenant} has requests of {meter.held} bytes in progress",
+                    limit="request_bytes",
+                    retry_after_s=1.0,
+                )
+            meter.held += bytes_
+            self._held += bytes_
 
     def reserve(self, tokens: int) -> None:
         """Set aside what the request may use at most. Raises LimitError. Once for a ticket."""
@@ -262,6 +285,7 @@ class Ticket:
             if not self._open:
                 return
             self._open = False
+            limiter.meter(self.subjects[0].name).held -= self._held
             difference = tokens - self._reserved
             for index, subject in enumerate(self.subjects):
                 meter = limiter.meter(subject.name)

@@ -44,7 +44,8 @@ def parse_duration(text: str) -> float:
 def _parse_time(value: Any) -> float:
     """Unix time of a date, or of a time with its zone; YAML has parsed unquoted ones already."""
     if isinstance(value, str):
-        value = datetime.fromisoformat(value)
+        kind = date if len(value) == len("2030-01-31") else datetime
+        value = kind.fromisoformat(value)
     if isinstance(value, date) and not isinstance(value, datetime):
         value = datetime(value.year, value.month, value.day, tzinfo=UTC)
     if not isinstance(value, datetime) or value.tzinfo is None:

@@ -134,12 +134,14 @@ def usage_sums(
         where: wanted values of some of ``GROUPS``.
 
     Raises:
-        RequestError: unknown names in ``group_by``.
+        RequestError: names in ``group_by`` that are unknown, or there twice.
     """
     if unknown := [name for name in group_by if name not in GROUPS]:
         raise RequestError(
             f"group_by: {unknown[0][:64]!r} is not one of {', '.join(GROUPS)}", param="group_by"
         )
+    if len(set(group_by)) < len(group_by):
+        raise RequestError("group_by names a column twice", param="group_by")
     conditions, values = ["day BETWEEN ? AND ?"], [first_day, last_day]
     for name, value in (where or {}).items():
         assert name in GROUPS

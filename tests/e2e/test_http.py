@@ -322,6 +322,7 @@ def test_a_signal_while_it_loads_ends_it_in_order(checkpoints, engine):
 
 def test_a_second_signal_ends_it_at_once(checkpoints, deltas):
     server, url = start(checkpoints, deltas, "--drain-timeout-s", "600")
+    assert server.stdout.readline().startswith("No key is set")
     children = engine_of(server)
     with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
         ask = {"model": "beta", "prompt": "x", "n": 64, "extra_body": {"ignore_eos": True}}

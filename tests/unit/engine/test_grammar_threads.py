@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from deltaserve.engine.grammar import THREADS, Preparing
+from deltaserve.engine.grammar import THREADS, Compiler, Preparing
+from deltaserve.engine.types import Grammar
 from deltaserve.errors import RequestError
 
 
@@ -20,7 +21,7 @@ class SlowCompiler:
         self.go = threading.Event()
         self.begun: list[str] = []
 
-    def matcher(self, grammar: str, vocabulary: object, stops: object) -> Any:
+    def matcher(self, tenant: str, grammar: str, vocabulary: object, stops: object) -> Any:
         self.begun.append(grammar)
         if grammar.startswith("slow"):
             assert self.go.wait(20)
@@ -82,3 +83,17 @@ def test_what_is_dropped_keeps_its_thread_until_it_ends(preparing: Preparing) ->
     assert "flood-quick" in preparing
     preparing._compiler.go.set()
     assert taken(preparing, 1) == ["flood-quick"]
+
+
+def test_what_was_compiled_for_one_tenant_is_not_there_for_another(monkeypatch: Any) -> None:
+    compiler, compiled = Compiler(), []
+
+    def compile_(grammar: Grammar, vocabulary: Any) -> Any:
+        compiled.append(grammar)
+        return SimpleNamespace(deep_copy=lambda: None)
+
+    monkeypatch.setattr(compiler, "_compile", compile_)
+    vocabulary: Any = SimpleNamespace(digest="sha256:0", vocab_size=32)
+    for tenant in ("acme", "acme", "globex"):
+        compiler.matcher(tenant, Grammar("regex", "a+"), vocabulary, frozenset())
+    assert len(compiled) == 2

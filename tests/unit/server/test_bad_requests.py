@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deltaserve.config import ServerConfig
+from deltaserve.server.reading import MAX_NODES, check_nodes
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 COMPLETION = {"model": "base", "prompt": "hello"}
@@ -199,6 +200,26 @@ def test_body_too_large(http):
     refused(post_raw(http, COMPLETIONS, large), 413)
     pieces = (large[i : i + 65536].encode() for i in range(0, len(large), 65536))
     refused(post_raw(http, COMPLETIONS, pieces), 413)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, COMPLETION | {"prompt": [[1]] * MAX_NODES}),
+        (COMPLETIONS, COMPLETION | {"metadata": {"a": [{}] * MAX_NODES}}),
+        (COMPLETIONS, {f"k{number}": 1 for number in range(MAX_NODES + 1)}),
+        (CHAT, CONVERSATION | {"messages": CONVERSATION["messages"] * MAX_NODES}),
+        ("/tokenize", {"prompt": "x"} | {f"k{number}": 1 for number in range(MAX_NODES)}),
+    ],
+)
+def test_what_takes_too_long_to_read_is_not_read(http, engine, path, body):
+    assert "several requests" in refused(http.post(path, json=body))
+    assert engine.submitted == []
+
+
+def test_brackets_within_texts_are_as_cheap_as_letters():
+    check_nodes(json.dumps({"prompt": '{"a": ["\\:]"]}' * MAX_NODES}).encode())
+    check_nodes(b'"' + b'\\"{' * 2_000_000)  # a text without an end is read only once
 
 
 def test_only_json(http):

@@ -8,6 +8,7 @@ import pytest
 from test_bad_requests import CHAT, COMPLETION, COMPLETIONS, CONVERSATION, refused
 
 from deltaserve.engine.types import Grammar
+from deltaserve.server.grammars import MAX_GRAMMAR_LENGTH
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 AS_SCHEMA = Grammar("json_schema", json.dumps(SCHEMA))
@@ -56,6 +57,8 @@ def test_contradictions_are_refused(http, engine, asked, param):
 @pytest.mark.parametrize(
     ("asked", "param"),
     [
+        ({"guided_json": {"const": "x" * MAX_GRAMMAR_LENGTH}}, "guided_json"),
+        ({"guided_choice": ["x" * MAX_GRAMMAR_LENGTH]}, "guided_choice"),
         ({"guided_regex": "a("}, "guided_regex"),
         ({"guided_regex": ""}, "guided_regex"),
         ({"guided_grammar": "start: missing"}, "guided_grammar"),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 
 import httpx
 import pytest
 from house import ACME, ADMIN, GLOBEX, error_of
+
+from deltaserve.tenancy import limits
 
 FOREIGN, ABSENT = "team/grown", "team/absent"
 SAY = [{"role": "user", "content": "x"}]
@@ -140,3 +143,26 @@ def test_no_spelling_of_an_address_leads_to_management(quiet_house, target, mana
 def test_a_key_counts_where_it_belongs_and_nowhere_else(quiet_house, sent):
     status = int(raw(quiet_house.url, "/v1/tenants", sent).split(b" ", 2)[1])
     assert status in (400, 401, 403)
+
+
+def test_bodies_that_do_not_end_fill_no_memory(house, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_HELD_BYTES", 10_000)
+    host, port = house.url.removeprefix("http://").split(":")
+    large = {"prompt": "x" * 11_000, "max_tokens": 5}
+    with socket.create_connection((host, int(port))) as slow:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ACME}\r\n"
+        head += "Content-Type: application/json\r\nContent-Length: 20000\r\n\r\n"
+        slow.sendall(head.encode() + b'{"prompt": "' + b"x" * 9_980)
+        wait_until(lambda: house.complete(ACME).status_code == 429)
+        assert "bytes in progress" in error_of(house.complete(ACME), 429)["message"]
+        assert house.complete(ACME).headers["retry-after"] == "1"
+        assert house.complete(GLOBEX).status_code == 200
+        assert "context length" in error_of(house.complete(GLOBEX, **large), 400)["message"]
+    wait_until(lambda: house.complete(ACME).status_code == 200)  # the connection has ended
+    assert "context length" in error_of(house.complete(ACME, **large), 400)["message"]
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 5
+    while not holds():
+        assert time.monotonic() < deadline

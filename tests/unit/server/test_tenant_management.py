@@ -65,6 +65,8 @@ def test_a_new_key_is_not_to_be_cached(quiet_house):
         ("DELETE", "/v1/keys/key_1", None, 404),
         ("GET", "/v1/audit?limit=0", None, 400),
         ("GET", "/v1/audit?limit=x", None, 400),
+        ("GET", f"/v1/audit?before={10**30}", None, 400),
+        ("GET", f"/v1/audit?before=-{10**30}", None, 400),
         ("GET", "/v1/tenants/nope", None, 404),
     ],
 )

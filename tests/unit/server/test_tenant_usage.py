@@ -112,8 +112,12 @@ def test_usage_is_told_to_those_whose_it_is(house):
 
 
 @pytest.mark.parametrize(
-    "query", ["group_by=nope", "first_day=yesterday", "first_day=20300101", "format=xml"]
-)
+    "query",
+    [
+        "group_by=nope", "group_by=day,tenant,day", "group_by=" + "day," * 3000,
+        "first_day=yesterday", "first_day=20300101", "format=xml",
+    ],
+)  # fmt: skip
 def test_wrong_questions_about_usage(quiet_house, query):
     assert (
         error_of(quiet_house.get(ADMIN, f"/v1/usage?{query}"), 400)["param"] == query.split("=")[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import openai
 import pytest
 from fake_engine import scored
+from test_bad_requests import COMPLETION, COMPLETIONS, refused
 
 from deltaserve.engine.types import FinishReason, TokenEvent
 
@@ -182,3 +183,15 @@ def test_tokens_that_read_alike_keep_the_likelier(client, engine):
     choice = client.completions.create(model="base", prompt="x", logprobs=3).choices[0]
     (top,) = choice.logprobs.top_logprobs
     assert max(top.values()) == choice.logprobs.token_logprobs[0] == one[0].logprob
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [({"prompt_logprobs": 20}, "prompt_logprobs"), ({"echo": True, "logprobs": 20}, "logprobs")],
+)
+def test_no_answer_repeats_millions_of_logprobs(http, engine, asked, param):
+    many = {"prompt": [[5] * 30] * 16, "n": 128, "max_tokens": 1}
+    refused(http.post(COMPLETIONS, json=COMPLETION | many | asked), param=param)
+    assert engine.submitted == []
+    few = {"prompt": [[5] * 30] * 16, "n": 8, "max_tokens": 1}
+    assert http.post(COMPLETIONS, json=COMPLETION | few | asked).status_code == 200

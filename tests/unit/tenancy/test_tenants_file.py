@@ -41,6 +41,8 @@ def test_a_file_gives_every_field(tmp_path):
                 rpm_limit: 10
               - sha256: {digest("other").upper()}
                 expires: 2030-01-31T12:00:00Z
+              - sha256: {digest("third")}
+                expires: "2030-01-31"
           - id: globex
         """,
     )
@@ -49,7 +51,7 @@ def test_a_file_gives_every_field(tmp_path):
     assert acme.allows("acme-legal/v2")
     assert acme.allows("base")
     assert not acme.allows("globex-chat")
-    assert [key.expires for key in acme.keys] == [1896048000.0, 1896091200.0]
+    assert [key.expires for key in acme.keys] == [1896048000.0, 1896091200.0, 1896048000.0]
     assert acme.keys[0].sha256 == digest(KEY)
     assert acme.keys[0].settings().rpm_limit == 10
     assert globex.allows("anything")

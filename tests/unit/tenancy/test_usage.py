@@ -190,3 +190,17 @@ def test_no_answered_request_is_lost_on_kill_9(path, tmp_path, seed):
     assert set(told) <= kept
     # The sums are those of the records, also of those whose answer did not get out any more.
     assert usage_sums(path, [])[0]["requests"] == len(kept)
+
+
+def test_a_program_that_reads_the_records_takes_none_away(log, path):
+    count = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); " + (
+        "print(c.execute('SELECT count(*) FROM usage').fetchone()[0]); c.close()"
+    )
+
+    def counted_elsewhere() -> int:
+        return int(subprocess.check_output([sys.executable, "-c", count, str(path)]))
+
+    for number in range(3):
+        log.write(replace(RECORD, request_id=f"r{number}")).result(10)
+        assert usage_sums(path, [])[0]["requests"] == number + 1  # opens it once more, and closes
+        assert counted_elsewhere() == number + 1
