@@ -13,7 +13,6 @@ import hashlib
 import logging
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -30,6 +29,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 grain = extra("grain")
 experimental = extra("grain.experimental")
 cloudpickle = extra("cloudpickle")  # what Grain sends datasets with
+logger = logging.getLogger(__name__)
 MapDataset: Any = grain.MapDataset
 
 WORKER_DIED = "terminated unexpectedly"
@@ -102,10 +102,7 @@ class LocalExecutor:
                 deaths += 1
                 if WORKER_DIED not in str(cause) or deaths > DEATHS:
                     raise
-                warnings.warn(
-                    f"a worker process died; going on from list {first} with new ones",
-                    stacklevel=2,
-                )
+                logger.warning("a worker process died; going on from list %d with new ones", first)
             finally:
                 iterator.close()
                 self._open.remove(iterator)

@@ -44,12 +44,16 @@ class Probe(Protocol):
 
 
 class Done:
-    """What became of one list of positions. Not a tuple: Grain would take it apart."""
+    """What became of one list of positions. Not a tuple: Grain would take it apart.
 
-    __slots__ = ("measured", "rows", "skipped")
+    notes: what the user should know, wherever the list was computed."""
 
-    def __init__(self, rows: list[Row], skipped: int, measured: Any = None) -> None:
-        self.rows, self.skipped, self.measured = rows, skipped, measured
+    __slots__ = ("measured", "notes", "rows", "skipped")
+
+    def __init__(
+        self, rows: list[Row], skipped: int, measured: Any = None, notes: Sequence[str] = ()
+    ) -> None:
+        self.rows, self.skipped, self.measured, self.notes = rows, skipped, measured, notes
 
 
 @dataclass
@@ -109,6 +113,7 @@ class Work:
         self.probe, self.cache = probe, cache
         self._sources: list[Source] | None = None
         self._chains: list[Callable[[list[Key]], tuple[list[Row], list[Key]]]] | None = None
+        self._notes: list[str] = []
 
     def sources(self) -> list[Source]:
         """Opened, one for each leaf. Raises PipelineError."""
@@ -143,7 +148,9 @@ class Work:
         done = {leaf: chains[leaf - self.first_leaf](group) for leaf, group in groups.items()}
         skipped = sum(len(broken) for _, broken in done.values())
         rows = next(iter(done.values()))[0] if len(done) == 1 else _merged(keys, done)
-        return Done(rows, skipped, self.probe.collect() if self.probe else None)
+        measured = self.probe.collect() if self.probe else None
+        # All of them each time: the consumer knows which are new.
+        return Done(rows, skipped, measured, tuple(self._notes))
 
     def close(self) -> None:
         for source in self._sources or ():
@@ -165,7 +172,7 @@ class Work:
         from deltaserve.pipeline.cache import cached_reader
 
         mark = leaf.elements[marks[-1]]
-        kept = cached_reader(read, leaf.source, source, below, self.cache)
+        kept = cached_reader(read, leaf.source, source, below, self.cache, self._notes.append)
         above = self._steps(leaf.elements[marks[-1] + 1 :], made)
         mine = threading.local()
 

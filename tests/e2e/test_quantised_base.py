@@ -19,9 +19,7 @@ PROMPTS = 8
 """For each fine-tune, and as many of its task for the base."""
 
 
-@pytest.mark.parametrize(
-    ("method", "smaller"), [("bitsandbytes", 3.3), ("bitsandbytes-int8", 1.8)]
-)
+@pytest.mark.parametrize(("method", "smaller"), [("bitsandbytes", 3.3), ("bitsandbytes-int8", 1.8)])
 def test_fine_tunes_answer_on_a_quantised_base(
     family: Family, family_deltas: dict[str, Path], method: str, smaller: float
 ) -> None:
