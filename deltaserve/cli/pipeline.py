@@ -20,11 +20,14 @@ def show(plan: PlanFile, allow_functions: Functions = False, rewrites: Rewrites 
 
     Example: deltaserve pipeline show configs/pipeline/chat.yaml
     """
+    from deltaserve.pipeline.elements import require_elements
     from deltaserve.pipeline.plan import Plan
     from deltaserve.pipeline.rewrites import rewrite
 
     read = Plan.from_yaml(plan, allow_functions=allow_functions).named()
-    print(f"{read}\n\nfingerprint  {read.fingerprint()}\ngives        {read.check()}")
+    gives = read.check()
+    require_elements(read)
+    print(f"{read}\n\nfingerprint  {read.fingerprint()}\ngives        {gives}")
     if not rewrites:
         return
     rewritten, notes = rewrite(read)
@@ -153,6 +156,7 @@ def serve(
         warnings_told(),
         stop_on_sigterm(),
         Service(folder, name=name, address=address, **limits) as service,
+        stop_on_sigterm(),  # Ray has put its own in the place of the first
     ):
         jobs = len(service.stats()["jobs"])
         print(f"service '{name}' is ready ({jobs} jobs in {folder}); Ctrl-C ends it", flush=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from deltaserve.errors import PipelineError
+from deltaserve.pipeline.operators import ELEMENT, OPERATORS
 from deltaserve.pipeline.rows import Row, generator
 
 Element = Callable[[list[Row]], list[Row]]
@@ -66,6 +67,13 @@ def element(node: Any) -> Element:
     kinds: dict[str, Callable[[Any], Element]]
     kinds = {"map": _Map, "filter": _Filter, "flat_map": _FlatMap}
     return kinds[node.op](node)
+
+
+def require_elements(plan: Any) -> None:
+    """Raises PipelineError: a function, a tokenizer or its chat template is missing."""
+    for node in plan.nodes():
+        if OPERATORS[node.op].kind == ELEMENT and node.op != "cache":
+            element(node)
 
 
 class _Function:

@@ -124,6 +124,31 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert message in captured.err
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("base", "has no chat template"), ("./none", "no such folder")],
+)
+@pytest.mark.parametrize("command", ["show", "run"])
+def test_a_tokenizer_that_will_not_do_is_told_before_anything_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    name: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chats(tmp_path / "a.jsonl", 10)
+    tokenizer(tmp_path / "base", template=None)
+    steps = f"[chat_template: {{tokenizer: {name}}}]"
+    (tmp_path / "plan.yaml").write_text(f"source: {{jsonl: a.jsonl}}\nsteps: {steps}\n")
+    assert dispatch(["pipeline", command, "plan.yaml"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
 def test_a_missing_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["pipeline", "show", "nowhere.yaml"]) == 2
     assert "nowhere.yaml" in capsys.readouterr().err
