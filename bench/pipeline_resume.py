@@ -77,8 +77,8 @@ def _whole(plan: Plan) -> tuple[list[dict[str, Any]], list[str]]:
     return states, found
 
 
-def _workers(turn: int, draw: random.Random) -> tuple[str, dict[str, int]]:
-    kinds = (
+def _workers(turn: int, draw: random.Random) -> tuple[str, dict[str, Any]]:
+    kinds: tuple[tuple[str, dict[str, Any]], ...] = (
         ("no workers", {}),
         ("threads", {"threads": draw.randint(1, 4)}),
         ("processes", {"processes": draw.randint(1, 2)}),
@@ -87,7 +87,7 @@ def _workers(turn: int, draw: random.Random) -> tuple[str, dict[str, int]]:
 
 
 def _goes_on(
-    plan: Plan, states: list[dict[str, Any]], whole: list[str], cut: int, workers: dict[str, int]
+    plan: Plan, states: list[dict[str, Any]], whole: list[str], cut: int, workers: dict[str, Any]
 ) -> bool:
     with open_pipeline(plan, **workers) as elements:
         elements.set_state(json.loads(json.dumps(states[cut])))
