@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from deltaserve.bench.pipeline_rounds import measure_rounds
+from deltaserve.bench.pipeline_rounds import measure_packed, measure_padded
 from deltaserve.bench.pipeline_service_plans import killer, packed_text, slow_numbers, worker_cpu
 from deltaserve.bench.record import record
 from deltaserve.pipeline.service.cluster import Service
@@ -160,7 +160,8 @@ def measure_leases(folder: Path) -> dict[str, Any]:
 
 PARTS = {
     "leases": lambda folder, seconds: measure_leases(folder),
-    "rounds": lambda folder, seconds: measure_rounds(folder),
+    "rounds": lambda folder, seconds: measure_padded(folder),
+    "packed": lambda folder, seconds: measure_packed(folder),
     "sharing": lambda folder, seconds: measure_sharing(folder),
     "kills": measure_kills,
     "scaling": lambda folder, seconds: measure_scaling(folder),
@@ -181,6 +182,7 @@ def main() -> None:
         print(name, results[name], flush=True)
     if given.out:
         command = f"python -m deltaserve.bench.pipeline_service --seconds {given.seconds:g}"
+        command += "".join(f" --only {name}" for name in given.only or ())
         # Parts may be measured one by one.
         before = json.loads(given.out.read_text())["results"] if given.out.exists() else {}
         record(given.out, command, before | results)

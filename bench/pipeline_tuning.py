@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaserve.bench.pipeline_cases import CASES, Case
+from deltaserve.bench.pipeline_cases import Case
 from deltaserve.bench.pipeline_text import Corpus, write
 from deltaserve.bench.select_check import Report
 from deltaserve.pipeline.consumption import usable_cores
@@ -83,10 +83,10 @@ def tuned(work: Workload, start: Settings, known: Mapping[str, Any], seconds: fl
     return Settings(found.settings.threads, found.settings.processes, found.settings.prefetch)
 
 
-def tuning(report: Report, seed: int, seconds: float = 1.0) -> None:
+def tuning(report: Report, seed: int, cases: Sequence[Case], seconds: float = 1.0) -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = write(Path(folder), seed=seed)
-        shares = [share for case in CASES for share in compare(report, case, corpus, seconds)]
+        shares = [share for case in cases for share in compare(report, case, corpus, seconds)]
     report.at_least("tuning", "median share of the grid's best", statistics.median(shares), 0.97)
 
 

@@ -44,7 +44,7 @@ class Report:
 
 
 def show(checks: Sequence[Check]) -> None:
-    print(f"{'part':<6}{'figure':<66}{'measured':>14}  {'asked':<16}")
+    print(f"{'part':<7}{'figure':<66}{'measured':>14}  {'asked':<16}")
     for check in checks:
         print(_line(check))
     failed = sum(check.passed is False for check in checks)
@@ -54,4 +54,4 @@ def show(checks: Sequence[Check]) -> None:
 def _line(check: Check) -> str:
     value = check.value if isinstance(check.value, str) else f"{check.value:.6g}"
     verdict = {True: "pass", False: "FAIL", None: ""}[check.passed]
-    return f"{check.part:<6}{check.name:<66}{value:>14}  {check.bound:<16}{verdict}"
+    return f"{check.part:<7}{check.name:<66}{value:>14}  {check.bound:<16}{verdict}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,11 +20,14 @@ def show(plan: PlanFile, allow_functions: Functions = False, rewrites: Rewrites 
 
     Example: deltaserve pipeline show configs/pipeline/chat.yaml
     """
+    from deltaserve.pipeline.elements import require_elements
     from deltaserve.pipeline.plan import Plan
     from deltaserve.pipeline.rewrites import rewrite
 
     read = Plan.from_yaml(plan, allow_functions=allow_functions).named()
-    print(f"{read}\n\nfingerprint  {read.fingerprint()}\ngives        {read.check()}")
+    gives = read.check()
+    require_elements(read)
+    print(f"{read}\n\nfingerprint  {read.fingerprint()}\ngives        {gives}")
     if not rewrites:
         return
     rewritten, notes = rewrite(read)
@@ -48,8 +50,11 @@ def run(
     ] = 0,
     state: Annotated[
         Path | None,
-        typer.Option(help="Go on from this file if it exists; save where it stopped to it."),
+        typer.Option(help="Go on from this file if it exists; save where it stands to it."),
     ] = None,
+    save_every: Annotated[
+        float, typer.Option(min=0, help="Seconds between saves; also at the end and on Ctrl-C.")
+    ] = 10.0,
     cache: Annotated[Path | None, typer.Option(help="Folder of the plan's caches.")] = None,
     tune: Annotated[
         bool,
@@ -62,10 +67,10 @@ def run(
 
     Example: deltaserve pipeline run configs/pipeline/chat.yaml --limit 100 --print 1
     """
-    from deltaserve.cli.progress import count_bar, stop_on_sigterm
+    from deltaserve.cli.progress import stop_on_sigterm, warnings_told
+    from deltaserve.cli.running import run_elements
     from deltaserve.pipeline.iterator import open_pipeline
     from deltaserve.pipeline.plan import Plan
-    from deltaserve.pipeline.saving import load_state, save_state
 
     if tune and (threads or processes or not rewrites):
         raise typer.BadParameter("--tune finds threads and processes itself, of a rewritten plan")
@@ -79,24 +84,8 @@ def run(
 
         return open_tuned(read, cache)
 
-    with stop_on_sigterm(), opened() as elements:
-        if state is not None and state.exists():
-            elements.set_state(load_state(state))
-        counts = _Counts()
-        try:
-            with count_bar() as progress:
-                while limit is None or counts.elements < limit:
-                    element = next(elements, None)
-                    if element is None:
-                        break
-                    counts.add(element)
-                    if counts.elements <= print_:
-                        print(json.dumps(element, default=_plain))
-                    progress("elements", counts.elements, limit or 0)
-        finally:
-            if state is not None:
-                save_state(state, elements.get_state())
-            print(counts.summary(elements.skipped))
+    with warnings_told(), stop_on_sigterm(), opened() as elements:
+        run_elements(elements, limit=limit, shown=print_, state=state, save_every_s=save_every)
 
 
 def profile(
@@ -125,6 +114,7 @@ def profile(
     Example: deltaserve pipeline profile configs/pipeline/chat.yaml --tune --picture chat.svg
     """
     from deltaserve.cli.profile import profile_plan
+    from deltaserve.cli.progress import warnings_told
     from deltaserve.pipeline.plan import Plan
     from deltaserve.pipeline.tuning.plans import Workload
 
@@ -133,38 +123,12 @@ def profile(
     if threads < 1 or processes < 0:
         raise typer.BadParameter("a profile needs --threads of 1 or more, or --processes")
     read = Plan.from_yaml(plan, allow_functions=allow_functions)
-    profile_plan(
-        Workload(read, trainer_ms / 1e3, cache, by),  # type: ignore[arg-type]
-        seconds=seconds, threads=threads, processes=processes, tuned=tune, picture=picture,
-        trace_file=trace,
-    )  # fmt: skip
-
-
-class _Counts:
-    """What came out."""
-
-    def __init__(self) -> None:
-        self.elements = self.tokens = self.places = 0
-        self._began = time.perf_counter()
-
-    def add(self, element: Any) -> None:
-        self.elements += 1
-        ids = element.get("input_ids")
-        if ids is None or not hasattr(ids, "size"):
-            return
-        used = element.get("segment_ids", element.get("attention_mask"))
-        self.places += ids.size
-        self.tokens += ids.size if used is None else int((used > 0).sum())
-
-    def summary(self, skipped: int) -> str:
-        seconds = time.perf_counter() - self._began
-        words = [f"{self.elements:,} elements in {seconds:.1f} s"]
-        if self.places:
-            words.append(f"{self.tokens:,} tokens ({self.tokens / seconds:,.0f}/s)")
-            words.append(f"{self.tokens / self.places:.2%} of places filled")
-        if skipped:
-            words.append(f"{skipped:,} broken rows skipped")
-        return ", ".join(words)
+    with warnings_told():
+        profile_plan(
+            Workload(read, trainer_ms / 1e3, cache, by),  # type: ignore[arg-type]
+            seconds=seconds, threads=threads, processes=processes, tuned=tune, picture=picture,
+            trace_file=trace,
+        )  # fmt: skip
 
 
 def serve(
@@ -184,11 +148,16 @@ def serve(
 
     Example: deltaserve pipeline serve ./journal --max-workers 4
     """
-    from deltaserve.cli.progress import stop_on_sigterm
+    from deltaserve.cli.progress import stop_on_sigterm, warnings_told
     from deltaserve.pipeline.service.cluster import Service
 
     limits = {"min_workers": min_workers, "max_workers": max_workers}
-    with stop_on_sigterm(), Service(folder, name=name, address=address, **limits) as service:
+    with (
+        warnings_told(),
+        stop_on_sigterm(),
+        Service(folder, name=name, address=address, **limits) as service,
+        stop_on_sigterm(),  # Ray has put its own in the place of the first
+    ):
         jobs = len(service.stats()["jobs"])
         print(f"service '{name}' is ready ({jobs} jobs in {folder}); Ctrl-C ends it", flush=True)
         before = -1
@@ -199,10 +168,6 @@ def serve(
                 print(f"workers: {workers}", flush=True)
                 before = workers
             time.sleep(1)
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 SUBCOMMANDS = (show, run, profile, serve)

@@ -1,8 +1,11 @@
-"""What long commands share: a progress bar on stderr, and SIGTERM that cleans up like Ctrl-C."""
+"""What long commands share: a progress bar and warnings on stderr, and ways to stop them."""
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,3 +93,47 @@ def stop_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+STOPPING = b"deltaserve: stopping after this element; Ctrl-C again stops at once\n"
+
+
+@contextmanager
+def stop_between() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C or SIGTERM came, for loops that stop between two elements; a second
+    one is a KeyboardInterrupt wherever they are."""
+    asked = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        os.write(2, STOPPING)  # print may be what was interrupted
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def warnings_told() -> Iterator[None]:
+    """What is logged as a warning or worse is told on stderr, one line each."""
+    logger, handler = logging.getLogger("deltaserve"), _Told(logging.WARNING)
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+class _Told(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        # By way of sys.stderr, which a progress bar replaces while it is shown.
+        message = " ".join(record.getMessage().split())
+        print(f"deltaserve: {record.levelname.lower()}: {message}", file=sys.stderr)

@@ -9,11 +9,15 @@ depend on the number of workers.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import logging
+import multiprocessing
+import os
+import queue
 import signal
 import sys
-import warnings
+import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -30,9 +34,11 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 grain = extra("grain")
 experimental = extra("grain.experimental")
 cloudpickle = extra("cloudpickle")  # what Grain sends datasets with
+logger = logging.getLogger(__name__)
 MapDataset: Any = grain.MapDataset
 
-WORKER_DIED = "terminated unexpectedly"
+# What Grain says, and multiprocessing if it was in the middle of a message.
+DIED = ("terminated unexpectedly", "got end of file during message")
 # Deaths of worker processes in a row, without a result between, that are mended.
 DEATHS = 3
 
@@ -96,23 +102,22 @@ class LocalExecutor:
             try:
                 for done in iterator:
                     first, deaths = first + 1, 0
+                    _notice_deaths(iterator)
                     yield done
                 return
-            except RuntimeError as cause:
+            except (RuntimeError, EOFError, OSError) as cause:
                 deaths += 1
-                if WORKER_DIED not in str(cause) or deaths > DEATHS:
+                died = isinstance(cause, EOFError) or any(each in str(cause) for each in DIED)
+                if not died or deaths > DEATHS:
                     raise
-                warnings.warn(
-                    f"a worker process died; going on from list {first} with new ones",
-                    stacklevel=2,
-                )
+                logger.warning("a worker process died; going on from list %d with new ones", first)
             finally:
-                iterator.close()
+                _close(iterator)
                 self._open.remove(iterator)
 
     def close(self) -> None:
         for iterator in self._open:
-            iterator.close()
+            _close(iterator)
 
     def resize(self, threads: int) -> None:
         """Another number of threads, from now on, in iterations that use threads."""
@@ -143,6 +148,42 @@ class LocalExecutor:
         iterator = iter(dataset)
         self._open.append(iterator)
         return iterator
+
+
+def _workers(iterator: Any) -> Iterator[Any]:
+    """Grain's iterators over worker processes, as far as they have begun."""
+    for each in getattr(iterator, "_iterators_in_use", ()):
+        worker = getattr(each, "_maybe_nonnative_parent", None)
+        if worker is not None:
+            yield worker
+
+
+def _notice_deaths(iterator: Any) -> None:
+    """Let the message of a worker that is killed in the middle of it end.
+
+    Grain keeps open the end of the pipe that workers write to, and would wait for the rest.
+    """
+    for worker in _workers(iterator):
+        if not worker._buffer._writer.closed:
+            worker._buffer._writer.close()
+            worker._buffer.get = functools.partial(_received, worker._buffer.get)
+
+
+def _close(iterator: Any) -> None:
+    """Workers hold nothing that would be lost, and take long to end when asked: what they have
+    made ahead must be taken first."""
+    for worker in _workers(iterator):
+        if worker._buffer._writer.closed and worker._prefetch_process is not None:
+            worker._prefetch_process.kill()
+    iterator.close()
+
+
+def _received(get: Any, block: bool = True, timeout: float | None = None) -> Any:
+    try:
+        return get(block, timeout)
+    except (EOFError, OSError):
+        # Grain then looks whether the worker is alive.
+        raise queue.Empty from None
 
 
 def _require_sendable(work: Work) -> None:
@@ -320,8 +361,16 @@ def _begin_worker(index: int, count: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed must not wait for ever (Linux)."""
-    if sys.platform == "linux":
-        import ctypes
+    """A worker whose parent was killed must not wait for ever.
 
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    Not by prctl's signal, which comes when the *thread* that started the worker ends: on every
+    close, in the middle of a message, for the rest of which the consumer would wait.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()

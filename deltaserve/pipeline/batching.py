@@ -11,7 +11,7 @@ import numpy as np
 from deltaserve.errors import PipelineError
 from deltaserve.pipeline.elements import field_of
 from deltaserve.pipeline.packing import IGNORED, labelled
-from deltaserve.pipeline.rows import Row
+from deltaserve.pipeline.rows import Row, RowError
 from deltaserve.pipeline.streams import State, Stream, Windowed
 
 # What fills a field of tokens behind a row's end; all others are filled with 0.
@@ -83,10 +83,8 @@ class Batch:
         if self._pad_to is None:
             return longest
         if longest > self._pad_to:
-            raise PipelineError(
-                f"{self._name}, row {rows[0].key[1:]}: a row of {longest} tokens does not fit "
-                f"pad_to={self._pad_to}"
-            )
+            what = f"a row of its batch has {longest} tokens and does not fit pad_to={self._pad_to}"
+            raise RowError(self._name, rows[0].key, what)
         return int(self._pad_to)
 
     def _padded(self, row: Row, length: int) -> Row:
@@ -108,9 +106,11 @@ def stacked(rows: Sequence[Row], name: str) -> dict[str, Any]:
     fields = list(rows[0].value)
     for row in rows:
         if set(row.value) != set(fields):
-            raise PipelineError(
-                f"{name}: row {row.key[1:]} has the fields {', '.join(row.value)}; "
-                f"row {rows[0].key[1:]} has {', '.join(fields)}: give all rows the same with a map"
+            raise RowError(
+                name,
+                row.key,
+                f"it has the fields {', '.join(row.value)}, and the first of its batch has "
+                f"{', '.join(fields)}: give all rows the same with a map",
             )
     return {field: _stack([row.value[field] for row in rows], field, name) for field in fields}
 

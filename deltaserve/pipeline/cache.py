@@ -15,7 +15,6 @@ import hashlib
 import importlib.metadata
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,11 +64,14 @@ def cached_reader(
     source: Source,
     below: Sequence[Node],
     settings: CacheSettings | None,
+    note: Callable[[str], None],
 ) -> Read:
-    """``read`` (what the operators ``below`` a cache give for keys), from the cache."""
+    """``read`` (what the operators ``below`` a cache give for keys), from the cache.
+
+    note: called with what the user should know."""
     settings = settings or CacheSettings()
     name = entry_name(settings.directory, source, below)
-    return _Entry(settings, name, read, len(source), source_node.name)
+    return _Entry(settings, name, read, len(source), source_node.name, note)
 
 
 def entry_name(directory: Path, source: Source, below: Sequence[Node]) -> str:
@@ -115,12 +117,18 @@ class _Entry:
     """The rows of one entry; what is missing is computed and kept."""
 
     def __init__(
-        self, settings: CacheSettings, name: str, read: Read, rows: int, source: str
+        self,
+        settings: CacheSettings,
+        name: str,
+        read: Read,
+        rows: int,
+        source: str,
+        note: Callable[[str], None],
     ) -> None:
         self._settings, self._read, self._rows, self._source = settings, read, rows, source
         self._folder = settings.directory / name
         self._shards: dict[int, Shard] = {}
-        self._writing = True
+        self._writing, self._note = True, note
         self._warned = threading.Lock()
         self._used = -1
         try:
@@ -167,7 +175,7 @@ class _Entry:
         except FileNotFoundError:
             return False
         except DamagedShardError as cause:
-            warnings.warn(f"{cause}: it is made again", stacklevel=2)
+            self._note(f"{cause}: it is made again")
             path.unlink(missing_ok=True)
             return False
         except OSError as cause:
@@ -232,10 +240,9 @@ class _Entry:
             if self._writing:
                 self._writing = False
                 why = cause.strerror or str(cause)
-                warnings.warn(
+                self._note(
                     f"the cache {self._settings.directory} cannot keep more rows ({why}): what "
-                    "it lacks is computed each time",
-                    stacklevel=2,
+                    "it lacks is computed each time"
                 )
 
 

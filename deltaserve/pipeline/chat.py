@@ -11,7 +11,7 @@ from typing import Any
 
 from deltaserve.errors import PipelineError
 from deltaserve.pipeline.elements import field_of
-from deltaserve.pipeline.rows import Row
+from deltaserve.pipeline.rows import Row, RowError
 from deltaserve.pipeline.tokenizers import tokenizer_of
 
 Span = tuple[int, int]
@@ -37,26 +37,26 @@ class ChatTemplate:
         return [Row(row.key, self._render(row, tokenizer)) for row in rows]
 
     def _render(self, row: Row, tokenizer: Any) -> dict[str, Any]:
-        where = f"{self.name}, row {row.key[1:]}"
         messages = field_of(row, self.messages, self.name)
-        require_messages(messages, where)
         options = {"tools": field_of(row, self.tools, self.name)} if self.tools else {}
         try:
+            require_messages(messages)
             text, spans = render(tokenizer, messages, options)
         except PipelineError as cause:
-            raise PipelineError(f"{where}: {cause}") from None
+            raise RowError(self.name, row.key, str(cause)) from None
         except Exception as cause:  # templates are programs and raise what they like
-            raise PipelineError(f"{where}: the chat template refuses it: {cause}") from None
+            what = f"the chat template refuses it: {cause}"
+            raise RowError(self.name, row.key, what) from None
         return {**row.value, "text": text, "spans": spans}
 
 
-def require_messages(messages: Any, where: str) -> None:
+def require_messages(messages: Any) -> None:
     """Raises PipelineError unless these are messages with roles."""
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise PipelineError(f"{where}: messages must be a list with one or more entries")
+        raise PipelineError("messages must be a list with one or more entries")
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or "role" not in message:
-            raise PipelineError(f"{where}, message {number}: needs a role and a content")
+            raise PipelineError(f"message {number} needs a role and a content")
 
 
 def render(

@@ -26,12 +26,14 @@ from deltaserve.pipeline.streams import (
 
 @dataclass
 class Compiler:
-    """``streams``: those of the segments, in the order of their numbers, as far as built."""
+    """``streams``: those of the segments, in the order of their numbers, as far as built.
+    ``told``: notes of workers that the user has seen."""
 
     executor: adapter.Executor
     probe: Probe | None = None
     cache: Any = None
     streams: dict[int, SegmentStream] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
 
     def build(self, plan: Plan) -> Stream:
         """Raises PipelineError: a source, tokenizer or function is missing."""
@@ -51,7 +53,8 @@ class Compiler:
         work = Work(node, leaf, probe=self.probe, cache=self.cache)
         work.prepare()
         number = self._numbers[leaf]
-        stream = SegmentStream(adapter.Segment(work, number, epoch), self.executor, self.probe)
+        segment = adapter.Segment(work, number, epoch)
+        stream = SegmentStream(segment, self.executor, self.probe, self.told)
         self.streams[number] = stream
         return stream
 

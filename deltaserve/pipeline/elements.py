@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from deltaserve.errors import PipelineError
-from deltaserve.pipeline.rows import Row, generator
+from deltaserve.pipeline.operators import ELEMENT, OPERATORS
+from deltaserve.pipeline.rows import Row, RowError, generator
 
 Element = Callable[[list[Row]], list[Row]]
 REGISTERED: dict[str, Callable[..., Any]] = {}
@@ -68,6 +69,13 @@ def element(node: Any) -> Element:
     return kinds[node.op](node)
 
 
+def require_elements(plan: Any) -> None:
+    """Raises PipelineError: a function, a tokenizer or its chat template is missing."""
+    for node in plan.nodes():
+        if OPERATORS[node.op].kind == ELEMENT and node.op != "cache":
+            element(node)
+
+
 class _Function:
     """A user's function, and the random numbers that it asked for."""
 
@@ -86,9 +94,8 @@ class _Function:
             raise
         except Exception as cause:  # a user's function raises what it likes
             missing = f"no field {cause}" if isinstance(cause, KeyError) else str(cause)
-            raise PipelineError(
-                f"{self.name}, row {row.key[1:]}: {type(cause).__name__}: {missing}"
-            ) from cause
+            what = f"{type(cause).__name__}: {missing}"
+            raise RowError(self.name, row.key, what) from cause
 
 
 class _Map(_Function):
@@ -97,9 +104,11 @@ class _Map(_Function):
 
     def mapped(self, row: Row, value: Any) -> Row:
         if not isinstance(value, Mapping):
-            raise PipelineError(
-                f"{self.name}, row {row.key[1:]}: a map must return a mapping of fields, not "
-                f"a {type(value).__name__} (use filter to drop rows)"
+            raise RowError(
+                self.name,
+                row.key,
+                f"a map must return a mapping of fields, not a {type(value).__name__} (use filter "
+                "to drop rows)",
             )
         return Row(row.key, value)
 
@@ -135,17 +144,14 @@ class _FlatMap(_Function):
         for row in rows:
             made = self.call(row)
             if isinstance(made, Mapping) or not hasattr(made, "__iter__"):
-                raise PipelineError(
-                    f"{self.name}, row {row.key[1:]}: a flat_map must return a list of rows"
-                )
+                raise RowError(self.name, row.key, "a flat_map must return a list of rows")
             try:
                 values = list(made)  # a generator runs here
             except Exception as cause:
                 if isinstance(cause, PipelineError):
                     raise
-                raise PipelineError(
-                    f"{self.name}, row {row.key[1:]}: {type(cause).__name__}: {cause}"
-                ) from cause
+                what = f"{type(cause).__name__}: {cause}"
+                raise RowError(self.name, row.key, what) from cause
             out += [Row((*row.key, number), value) for number, value in enumerate(values)]
         return out
 
@@ -156,9 +162,7 @@ def field_of(row: Row, name: str, operator: str) -> Any:
         return row.value[name]
     except KeyError:
         has = ", ".join(map(str, row.value)) or "none"
-        raise PipelineError(
-            f"{operator}, row {row.key[1:]}: no field {name!r}; its fields are {has}"
-        ) from None
+        raise RowError(operator, row.key, f"no field {name!r}; its fields are {has}") from None
 
 
 def takes_rng(function: Callable[..., Any]) -> bool:

@@ -60,6 +60,9 @@ class Pipeline:
 
     fingerprint: of the plan before it was prepared, for states.
 
+    An element that could not be made (a broken row, Ctrl-C) is tried again by the next call, and
+    states are those before it: nothing is passed over.
+
     A context manager; close it, or its threads and processes stay until it is collected.
     """
 
@@ -71,6 +74,8 @@ class Pipeline:
         self._compiler = Compiler(executor, probe, cache)
         self._stream = self._compiler.build(plan)
         self._closed = False
+        # Of the stream, before the element that could not be made.
+        self._before: Any = None
         # Elements given out since the very beginning, over all interruptions.
         self.position = 0
 
@@ -85,7 +90,18 @@ class Pipeline:
         made of several. Raises StopIteration, PipelineError."""
         if self._closed:
             raise PipelineError("this pipeline is closed")
-        row = self._stream.next()
+        if self._before is not None:
+            self._stream.set_state(self._before)
+            self._before = None
+        before = self._stream.get_state()
+        try:
+            row = self._stream.next()
+        except StopIteration:
+            raise
+        except BaseException:
+            # Operators may have taken rows for it, which nobody would get.
+            self._before = before
+            raise
         self.position += 1
         return row
 
@@ -107,7 +123,7 @@ class Pipeline:
             "shape": self._shape,
             "rows": self._rows(),
             "position": self.position,
-            "stream": self._stream.get_state(),
+            "stream": self._stream.get_state() if self._before is None else self._before,
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -120,7 +136,7 @@ class Pipeline:
             self._stream.set_state(state["stream"])
         except (KeyError, TypeError, ValueError, AttributeError) as cause:
             raise PipelineError(f"the saved state is damaged: {cause!r}") from cause
-        self.position = state["position"]
+        self.position, self._before = state["position"], None
 
     def close(self) -> None:
         if not self._closed:

@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from deltaserve.errors import PipelineError
-from deltaserve.pipeline.rows import Row
+from deltaserve.pipeline.rows import Row, RowError
 from deltaserve.pipeline.streams import Stream, Windowed
 
 IGNORED = -100
@@ -88,9 +87,11 @@ class Pack(Windowed):
     def _pieces(self, row: Row) -> list[tuple[Row, np.ndarray, np.ndarray]]:
         ids, labels = labelled(row, self._name)
         if len(ids) > self._room and self._overflow == "error":
-            raise PipelineError(
-                f"{self._name}, row {row.key[1:]}: {len(ids)} tokens, more than {self._room}: "
-                'filter such rows, or choose overflow "split" or "truncate"'
+            raise RowError(
+                self._name,
+                row.key,
+                f"{len(ids)} tokens, more than {self._room}: filter such rows, or choose overflow "
+                '"split" or "truncate"',
             )
         stop = self._room if self._overflow == "truncate" else len(ids)
         cuts = range(0, min(len(ids), stop), self._room)
@@ -126,14 +127,12 @@ def labelled(row: Row, name: str) -> tuple[np.ndarray, np.ndarray]:
 
     ids = np.asarray(field_of(row, "input_ids", name))
     if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
-        raise PipelineError(f"{name}, row {row.key[1:]}: input_ids is not a list of token ids")
+        raise RowError(name, row.key, "input_ids is not a list of token ids")
     mask = row.value.get("loss_mask")
     ids = ids.astype(np.int32, copy=False)
     if mask is None:
         return ids, ids
     mask = np.asarray(mask)
     if mask.shape != ids.shape:
-        raise PipelineError(
-            f"{name}, row {row.key[1:]}: {len(ids)} tokens, but a loss mask for {len(mask)}"
-        )
+        raise RowError(name, row.key, f"{len(ids)} tokens, but a loss mask for {len(mask)}")
     return ids, np.where(mask > 0, ids, np.int32(IGNORED))

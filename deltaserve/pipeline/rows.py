@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deltaserve.errors import PipelineError
+
 Key = tuple[int, ...]
 
 
@@ -16,6 +18,20 @@ class Row(NamedTuple):
 
     key: Key
     value: Any
+
+
+class RowError(PipelineError):
+    """An operator cannot work on a row. key: the row's. where: its file and line, if known."""
+
+    def __init__(self, operator: str, key: Key, what: str, where: str = "") -> None:
+        super().__init__(operator, key, what, where)
+        self.operator, self.key, self.what, self.where = operator, key, what, where
+
+    def __str__(self) -> str:
+        _, epoch, row, *parts = self.key
+        place = ".".join(map(str, (row, *parts))) + (f" of pass {epoch + 1}" if epoch else "")
+        where = f" ({self.where})" if self.where else ""
+        return f"{self.operator}, row {place}{where}: {self.what}"
 
 
 def generator(seed: int, key: Key) -> np.random.Generator:

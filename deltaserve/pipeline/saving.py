@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from deltaserve.errors import PipelineError
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
+    """Whole or not at all. Raises PipelineError: it cannot be written; what was there stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w") as file:
@@ -20,8 +21,10 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError as cause:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise PipelineError(f"the state cannot be saved to {path}: {cause.strerror}") from None
 
 
 def load_state(path: Path) -> dict[str, Any]:

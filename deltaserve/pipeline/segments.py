@@ -10,14 +10,15 @@ Everything above segments is a stream; see streams.py.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from deltaserve.pipeline.elements import Element, element
 from deltaserve.pipeline.operators import ELEMENT, INDEX, OPERATORS, SOURCE
 from deltaserve.pipeline.plan import Node
-from deltaserve.pipeline.rows import Key, Row
+from deltaserve.pipeline.rows import Key, Row, RowError
 from deltaserve.pipeline.sources import Source, open_source
 
 # Positions that a worker does at a time.
@@ -44,12 +45,16 @@ class Probe(Protocol):
 
 
 class Done:
-    """What became of one list of positions. Not a tuple: Grain would take it apart."""
+    """What became of one list of positions. Not a tuple: Grain would take it apart.
 
-    __slots__ = ("measured", "rows", "skipped")
+    notes: what the user should know, wherever the list was computed."""
 
-    def __init__(self, rows: list[Row], skipped: int, measured: Any = None) -> None:
-        self.rows, self.skipped, self.measured = rows, skipped, measured
+    __slots__ = ("measured", "notes", "rows", "skipped")
+
+    def __init__(
+        self, rows: list[Row], skipped: int, measured: Any = None, notes: Sequence[str] = ()
+    ) -> None:
+        self.rows, self.skipped, self.measured, self.notes = rows, skipped, measured, notes
 
 
 @dataclass
@@ -109,6 +114,7 @@ class Work:
         self.probe, self.cache = probe, cache
         self._sources: list[Source] | None = None
         self._chains: list[Callable[[list[Key]], tuple[list[Row], list[Key]]]] | None = None
+        self._notes: list[str] = []
 
     def sources(self) -> list[Source]:
         """Opened, one for each leaf. Raises PipelineError."""
@@ -143,7 +149,9 @@ class Work:
         done = {leaf: chains[leaf - self.first_leaf](group) for leaf, group in groups.items()}
         skipped = sum(len(broken) for _, broken in done.values())
         rows = next(iter(done.values()))[0] if len(done) == 1 else _merged(keys, done)
-        return Done(rows, skipped, self.probe.collect() if self.probe else None)
+        measured = self.probe.collect() if self.probe else None
+        # All of them each time: the consumer knows which are new.
+        return Done(rows, skipped, measured, tuple(self._notes))
 
     def close(self) -> None:
         for source in self._sources or ():
@@ -159,13 +167,14 @@ class Work:
         below = [
             node for node in leaf.elements[: marks[-1] if marks else None] if node.op != "cache"
         ]
-        read = _reader(self._wrap(leaf.source.name, source.read), self._steps(below, made))
+        steps = self._steps(below, made)
+        read = _reader(self._wrap(leaf.source.name, source.read), steps, source.where)
         if not marks:
             return read
         from deltaserve.pipeline.cache import cached_reader
 
         mark = leaf.elements[marks[-1]]
-        kept = cached_reader(read, leaf.source, source, below, self.cache)
+        kept = cached_reader(read, leaf.source, source, below, self.cache, self._notes.append)
         above = self._steps(leaf.elements[marks[-1] + 1 :], made)
         mine = threading.local()
 
@@ -177,8 +186,9 @@ class Work:
 
         def run(keys: list[Key]) -> tuple[list[Row], list[Key]]:
             rows = keep_measured(keys)
-            for step in above:
-                rows = step(rows)
+            with _named(source.where):
+                for step in above:
+                    rows = step(rows)
             return rows, mine.broken
 
         return run
@@ -194,7 +204,9 @@ class Work:
 
 
 def _reader(
-    read: Callable[[list[int]], list[Any]], steps: Sequence[Element]
+    read: Callable[[list[int]], list[Any]],
+    steps: Sequence[Element],
+    where: Callable[[int], str],
 ) -> Callable[[list[Key]], tuple[list[Row], list[Key]]]:
     def run(keys: list[Key]) -> tuple[list[Row], list[Key]]:
         values = read([key[2] for key in keys])
@@ -202,11 +214,22 @@ def _reader(
             Row(key, value) for key, value in zip(keys, values, strict=True) if value is not None
         ]
         skipped = [key for key, value in zip(keys, values, strict=True) if value is None]
-        for step in steps:
-            rows = step(rows)
+        with _named(where):
+            for step in steps:
+                rows = step(rows)
         return rows, skipped
 
     return run
+
+
+@contextmanager
+def _named(where: Callable[[int], str]) -> Iterator[None]:
+    """Errors of rows tell where they stand in the source's files."""
+    try:
+        yield
+    except RowError as error:
+        place = where(error.key[2])
+        raise RowError(error.operator, error.key, error.what, place) from error.__cause__
 
 
 def _merged(keys: Sequence[Key], done: dict[int, tuple[list[Row], list[Key]]]) -> list[Row]:

@@ -41,6 +41,10 @@ class Source(ABC):
         """The rows; None for one that is skipped because it is broken. Raises PipelineError
         naming the file and the line or row."""
 
+    def where(self, index: int) -> str:
+        """The file and line of a row, or nothing if that is not known."""
+        return ""
+
     @abstractmethod
     def digest(self) -> str:
         """A hash of the contents, not of names or times."""
@@ -65,6 +69,10 @@ class _Files(Source):
         """Which file, and which row of it."""
         file = bisect_right(self._starts, index) - 1
         return file, index - self._starts[file]
+
+    def where(self, index: int) -> str:
+        file, at = self._place(index)
+        return f"{self.files[file]}, row {at}"
 
     def digest(self) -> str:
         hashed = hashlib.sha256()
@@ -102,6 +110,10 @@ class JsonLines(_Files):
             return None
         raise PipelineError(f'{lines.where(at)}: {wrong} (on_error="skip" passes over such lines)')
 
+    def where(self, index: int) -> str:
+        file, at = self._place(index)
+        return self._lines[file].where(at)
+
     def close(self) -> None:
         for lines in self._lines:
             lines.close()
@@ -126,8 +138,11 @@ class Text(_Files):
         try:
             return {"text": raw.decode()}
         except UnicodeDecodeError as cause:
-            where = self._lines[file].where(at) if self._lines else self.files[file]
-            raise PipelineError(f"{where}: not UTF-8: {cause}") from None
+            raise PipelineError(f"{self.where(index)}: not UTF-8: {cause}") from None
+
+    def where(self, index: int) -> str:
+        file, at = self._place(index)
+        return self._lines[file].where(at) if self._lines else self.files[file]
 
     def close(self) -> None:
         for lines in self._lines or ():

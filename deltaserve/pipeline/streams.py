@@ -6,6 +6,7 @@ it before those rows, and how many of them are out; restoring computes the rest 
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from deltaserve.pipeline.mixing import Schedule
 from deltaserve.pipeline.rows import Row
 from deltaserve.pipeline.segments import Done, Probe
 
+logger = logging.getLogger(__name__)
 State = dict[str, Any]
 
 
@@ -35,10 +37,12 @@ class Stream(Protocol):
 
 
 class SegmentStream:
-    """The rows of a segment, computed by an executor."""
+    """The rows of a segment, computed by an executor. told: notes that are not told again."""
 
-    def __init__(self, segment: Segment, executor: Executor, probe: Probe | None) -> None:
-        self.segment, self._executor, self._probe = segment, executor, probe
+    def __init__(
+        self, segment: Segment, executor: Executor, probe: Probe | None, told: set[str]
+    ) -> None:
+        self.segment, self._executor, self._probe, self._told = segment, executor, probe, told
         self._results: Iterator[Done] | None = None
         self._rows: list[Row] = []
         self._list, self._taken = -1, 0  # the list that is being given out
@@ -86,6 +90,10 @@ class SegmentStream:
             raise StopIteration
         if self._probe and done.measured is not None:
             self._probe.merge(done.measured)
+        for note in done.notes:
+            if note not in self._told:
+                self._told.add(note)
+                logger.warning("%s", note)
         self._list, self._rows, self._taken = self._list + 1, done.rows, 0
         self._skipped += done.skipped
 

@@ -51,6 +51,9 @@ def _load(name: str) -> Any:
     # Parallelism is the plan's business: threads of the tokenizer's own would be counted
     # nowhere and take cores from the trainer. Who set this meant it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if name.startswith((".", "/", "~")) and not Path(name).exists():
+        # A hub name looks otherwise: the hub would be asked, and complain of the name.
+        raise PipelineError(f"{name}: no usable tokenizer: there is no such folder")
     from transformers import AutoTokenizer
 
     try:

@@ -8,7 +8,7 @@ import numpy as np
 
 from deltaserve.errors import PipelineError
 from deltaserve.pipeline.elements import field_of
-from deltaserve.pipeline.rows import Row
+from deltaserve.pipeline.rows import Row, RowError
 from deltaserve.pipeline.tokenizers import tokenizer_of
 
 
@@ -36,10 +36,8 @@ class Tokenize:
         texts = [field_of(row, self.text, self.name) for row in rows]
         for row, text in zip(rows, texts, strict=True):
             if not isinstance(text, str):
-                raise PipelineError(
-                    f"{self.name}, row {row.key[1:]}: {self.text!r} is a {type(text).__name__}, "
-                    "not a text"
-                )
+                what = f"{self.text!r} is a {type(text).__name__}, not a text"
+                raise RowError(self.name, row.key, what)
         # A chat template has written its special tokens into the text.
         special = [self._special(row) for row in rows]
         if len(set(special)) > 1:

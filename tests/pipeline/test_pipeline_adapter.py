@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,16 +101,70 @@ def test_lists_can_be_computed_anywhere(tmp_path: Path) -> None:
     assert [row.value["n"] for k in range(one.lists) for row in lists[k]] == expected
 
 
-def test_killed_worker_processes_are_replaced(tmp_path: Path) -> None:
+def test_killed_worker_processes_are_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     plan = Plan.from_jsonl(texts(tmp_path / "a.jsonl", 1500))
     expected = values(plan, "id")
     with open_pipeline(plan, processes=2) as rows:
         found = [next(rows)["id"] for _ in range(200)]
         victim = children()[0]
         os.kill(victim, signal.SIGKILL)
-        with pytest.warns(UserWarning, match="a worker process died"):
-            found += [row["id"] for row in rows]
+        found += [row["id"] for row in rows]
     assert found == expected
+    assert "a worker process died; going on from list" in caplog.text
+
+
+def large(row: dict[str, Any]) -> dict[str, Any]:
+    """A list of such rows does not fit into a pipe: workers wait in the middle of a message."""
+    return {"n": row["n"], "x": np.full(20_000, row["n"], np.int32)}
+
+
+def test_a_worker_killed_in_the_middle_of_a_message_is_replaced(tmp_path: Path) -> None:
+    with open_pipeline(numbers(tmp_path, 1500).map(large), processes=2) as rows:
+        found = [next(rows)["n"] for _ in range(100)]
+        time.sleep(1)  # now both have made as much as they may
+        os.kill(children()[0], signal.SIGKILL)
+        began = time.monotonic()
+        found += [row["n"] for row in rows]
+    assert found == list(range(1500))
+    assert time.monotonic() - began < 20
+
+
+def test_closing_does_not_wait_for_what_workers_have_made(tmp_path: Path) -> None:
+    for options in ({"rewrites": False}, {}):
+        rows = open_pipeline(numbers(tmp_path, 3000).map(large).batch(8), processes=2, **options)
+        for _ in range(20):
+            next(rows)
+        began = time.monotonic()
+        rows.close()
+        assert time.monotonic() - began < 3
+        assert not children()
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "n.jsonl"
+    file.write_text("".join(f'{{"n": {at}}}\n' for at in range(3000)))
+    program = (
+        "from deltaserve.pipeline import Plan, open_pipeline\n"
+        "import time, tests.pipeline.test_pipeline_adapter as t\n"
+        "if __name__ == '__main__':\n"
+        f"    rows = open_pipeline(Plan.from_jsonl({str(file)!r}).map(t.large), processes=2)\n"
+        "    [next(rows) for _ in range(200)]\n"
+        "    print(*t.children(), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert parent.stdout is not None
+    workers = [psutil.Process(int(each)) for each in parent.stdout.readline().split()]
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
 def test_no_thread_or_process_stays_after_close(tmp_path: Path) -> None:
@@ -130,7 +189,7 @@ def test_an_error_in_a_function_names_operator_and_row(tmp_path: Path) -> None:
 
     plan = numbers(tmp_path, 100).map(broken, name="broken")
     for options in ({}, {"threads": 2}, {"processes": 1}):
-        with pytest.raises(PipelineError, match=r"broken, row \(0, 70\): ZeroDivisionError"):
+        with pytest.raises(PipelineError, match=r"broken, row 70 \(.*jsonl, line 71\): ZeroD"):
             values(plan, "x", **options)
 
 

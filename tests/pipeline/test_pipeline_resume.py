@@ -131,6 +131,35 @@ def test_threads_give_the_same(plans: dict[str, Plan], name: str) -> None:
     assert stream(plans[name], threads=3) == stream(plans[name])
 
 
+@pytest.mark.parametrize("rewrites", [False, True])
+@pytest.mark.parametrize("name", ["rows", "batch", "pack", "pack-and-batch"])
+def test_an_element_that_failed_is_tried_again_and_nothing_is_passed_over(
+    tmp_path: Any, name: str, rewrites: bool
+) -> None:
+    file = tmp_path / "a.jsonl"
+    rows = Plan.from_jsonl(texts(file, 400, 1)).map(count_words)
+    packed = rows.pack(64, window=4)
+    plan = {"rows": rows, "batch": rows.batch(7, pad=0), "pack": packed}.get(name, packed.batch(4))
+    whole, good = stream(plan), file.read_text()
+    lines = good.splitlines()
+    lines[333] = "{" + " " * (len(lines[333]) - 1)
+    file.write_text("\n".join(lines) + "\n")
+    with open_pipeline(plan, rewrites=rewrites, threads=1) as elements:
+        found: list[str] = []
+        with pytest.raises(PipelineError, match="line 334"):
+            found.extend(digest(element) for element in elements)
+        state = elements.get_state()
+        with pytest.raises(PipelineError, match="line 334"):
+            next(elements)
+        assert elements.get_state() == state
+        assert 0 < elements.position == len(found) < len(whole)
+        file.write_text(good)
+        assert found + [digest(element) for element in elements] == whole
+    with open_pipeline(plan, rewrites=rewrites) as elements:
+        elements.set_state(state)
+        assert found + [digest(element) for element in elements] == whole
+
+
 def test_states_of_other_plans_are_refused(plans: dict[str, Plan]) -> None:
     with open_pipeline(plans["rows"]) as elements:
         next(elements)

@@ -10,6 +10,8 @@ from deltaserve.pipeline.tuning.cacheplace import Nature
 from deltaserve.pipeline.tuning.picture import draw, write
 from deltaserve.pipeline.tuning.program import Resources
 from deltaserve.pipeline.tuning.recommend import advise
+from deltaserve.pipeline.tuning.settings import Settings
+from deltaserve.pipeline.tuning.tune import tune
 from tests.pipeline.figures import chain
 
 NATURES = {
@@ -47,6 +49,41 @@ def test_a_second_epoch_makes_a_cache_pay_and_frees_the_cores():
     }
     assert advice.warm.rate > 1500
     assert advice.allocation.rate < 400  # until it is filled
+
+
+class Runs:
+    """A pipeline that gives so many elements in a second with so many threads."""
+
+    def __init__(self, elements):
+        self.elements = elements
+
+    def __next__(self):
+        return {}
+
+    def start_clock(self):
+        pass
+
+    def close(self):
+        pass
+
+    def trace(self):
+        return chain({"name": "read", "cpu": 1}, elements=self.elements, wall_ms=1000.0, cores=4)
+
+
+@pytest.mark.parametrize(
+    ("rates", "threads"),
+    [({16: 200, 1: 224, 5: 193}, 1), ({16: 200, 1: 224, 5: 300}, 5), ({16: 400, 1: 9, 5: 9}, 16)],
+)
+def test_the_fastest_of_three_traces_is_kept(rates, threads):
+    found = tune(
+        lambda settings: Runs(rates[settings.workers("read")]),
+        Settings({"read": 16}),
+        ["read"],
+        Resources(cores=4, locked=False),
+        elements=1,
+    )
+    assert found.settings.threads == {"read": threads}
+    assert found.rate == rates[threads]
 
 
 def test_the_picture_is_one_valid_file(tmp_path):

@@ -7,6 +7,7 @@ and their number follows the demand.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import uuid
@@ -18,7 +19,7 @@ from deltaserve.errors import DeltaServeError, ServiceError
 from deltaserve.pipeline.plan import Plan
 from deltaserve.pipeline.service.dispatcher import Dispatcher
 from deltaserve.pipeline.service.journal import Journal
-from deltaserve.pipeline.service.link import WorkerLost
+from deltaserve.pipeline.service.link import WorkerLost, within
 from deltaserve.pipeline.service.stream import JobOptions, ServiceStream
 from deltaserve.pipeline.service.worker import Worker
 
@@ -28,6 +29,9 @@ START_S = 60.0
 SCALE_EVERY_S = 0.5
 # An answer that takes longer is lost, and asked for again; every question may be repeated.
 ANSWER_S = 5.0
+RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+# That a trainer has, after the error that tells it of a cluster that is gone.
+AFTERWARDS_S = 600
 
 
 class DispatcherActor:
@@ -93,7 +97,7 @@ class RayLink:
             actor = self._actor(worker)
             grouped = getattr(actor, method).options(concurrency_group=GROUP_OF[method])
             asked = grouped.remote(*args).future()
-        except (self._ray.exceptions.RayError, ValueError) as error:
+        except (self._ray.exceptions.RayError, ValueError, ConnectionError) as error:
             result.set_exception(WorkerLost(f"{worker}: {error}"))
             return result
 
@@ -122,7 +126,10 @@ class RayLink:
 
     def _actor(self, name: str) -> Any:
         if name not in self._actors:
-            self._actors[name] = self._ray.get_actor(name, namespace=NAMESPACE)
+            # A cluster that is gone would not answer before Ray ends the process.
+            self._actors[name] = within(
+                ANSWER_S, lambda: self._ray.get_actor(name, namespace=NAMESPACE)
+            )
         return self._actors[name]
 
     def _cause(self, error: BaseException) -> BaseException:
@@ -277,6 +284,9 @@ def connect(name: str = "pipeline", address: str = "auto", patience_s: float = 3
     Raises:
         ServiceError: there is no such cluster, or no such service on it within the patience.
     """
+    # Ray ends a process whose cluster is gone (after 60 s), in which a trainer may still have
+    # something to save. It is read once, by ray.init, and who set it meant it.
+    os.environ.setdefault(RECONNECT, str(int(patience_s) + AFTERWARDS_S))
     connect_ray(address)
     link = RayLink(name, patience_s)
     link.ask("stats")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -32,3 +34,20 @@ class Link(Protocol):
 
     def open(self, shared: Any) -> Any:
         """The value. Raises WorkerLost: it went with the process that shared it."""
+
+
+def within(limit_s: float, call: Callable[[], Any]) -> Any:
+    """What a call gives. Raises ConnectionError: nothing in this time; its thread is left."""
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return result.result(limit_s)
+    except TimeoutError:
+        raise ConnectionError(f"no answer for {limit_s:g} s") from None

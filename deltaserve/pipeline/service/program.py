@@ -7,7 +7,7 @@ on who computes it, so any worker may, and may do so again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import msgspec
@@ -114,8 +114,10 @@ def hosted_elements(program: Program, spec: JobSpec, producer: int) -> Elements:
         return Pipeline(program.plan, program.stream, LocalExecutor(), None, settings)
     options = HostedOptions.parse(spec.options)
     plan, batch = unbatched(program.plan)
+    window = options.look_ahead * spec.consumers
+    plan = packed_in(plan, window)
     share = ShardExecutor(producer, spec.producers)
-    stream = f"{program.stream} rows {producer}/{spec.producers}"
+    stream = f"{program.stream} rows {producer}/{spec.producers} of {window}"
     size = batch.params["n"] if batch is not None else 1
     arrangement = Arrangement(spec.consumers, size, options.look_ahead, options.seed)
 
@@ -151,6 +153,15 @@ def unbatched(plan: Plan) -> tuple[Plan, Node | None]:
         batch = node if node.op == "batch" else batch
         node = node.inputs[0]
     return Plan(node), batch
+
+
+def packed_in(plan: Plan, rows: int) -> Plan:
+    """The plan, its last operator arranging at least so many packed rows at a time: each of its
+    windows ends with a row that is not full, which makes one round of a look-ahead uneven."""
+    node = plan.root
+    if node.op != "pack":
+        return plan
+    return Plan(replace(node, params={**node.params, "window": max(node.params["window"], rows)}))
 
 
 def batched(rows: list[Row], batch: Node) -> Any:

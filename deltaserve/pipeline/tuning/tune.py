@@ -2,7 +2,7 @@
 
 What an operator costs is read from the run with one thread for each stage, where threads hardly
 wait for the lock or for cores, so the advice does not depend on how bad the start was. The
-third trace runs the advice, which is kept if it is not slower than the start. Caches are not
+third trace runs the advice; the fastest of the three is kept. Caches are not
 measured: they pay from the second epoch on.
 """
 
@@ -104,14 +104,12 @@ def tune(
     settings = advised(advice, stages)
     # Measured as it is while caches fill.
     after = traced(replace(settings, caches=()))
-    if after.rate < before.rate:
-        return Tuned(
-            replace(start, caches=settings.caches),
-            advice,
-            (before, calibration, after),
-            before.rate,
-        )
-    return Tuned(settings, advice, (before, calibration, after), after.rate)
+    traces = (before, calibration, after)
+    # Of equal ones the advised, then that with one thread.
+    best, trace = max(
+        ((settings, after), (single, calibration), (start, before)), key=lambda each: each[1].rate
+    )
+    return Tuned(replace(best, caches=settings.caches), advice, traces, trace.rate)
 
 
 def advised(advice: Advice, stages: list[str]) -> Settings:

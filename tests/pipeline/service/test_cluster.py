@@ -8,12 +8,15 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager, suppress
 
+import psutil
 import pytest
 
 from deltaserve.errors import PipelineError, ServiceError
 from deltaserve.pipeline import Plan
 from deltaserve.pipeline.service.cluster import NAMESPACE, Service, connect, dispatcher_name
+from deltaserve.pipeline.service.link import within
 from deltaserve.pipeline.service.stream import JobOptions, ServiceStream
 from tests.pipeline.service.fake import direct, flat, numbers
 
@@ -134,33 +137,96 @@ def test_a_dispatcher_that_stays_dead_is_told_after_the_patience(service, tmp_pa
         assert time.monotonic() - began < 60
 
 
-@pytest.mark.slow
-def test_the_command_serves_another_process_until_it_is_told_to_end(tmp_path):
-    plan = numbers(tmp_path, 1000)
-    command = [sys.executable, "-m", "deltaserve", "pipeline", "serve", str(tmp_path / "journal")]
-    served = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def test_a_call_that_hangs_is_left():
+    assert within(5, lambda: 3) == 3
+    with pytest.raises(ServiceError, match="as it is"):
+        within(5, lambda: fail(ServiceError("as it is")))
+    hangs = threading.Event()
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"no answer for 0\.1 s"):
+        within(0.1, hangs.wait)
+    assert time.monotonic() - began < 5
+    hangs.set()
+
+
+def fail(error):
+    raise error
+
+
+@contextmanager
+def serving(folder):
+    """The command, with its trainer's script beside it."""
+    command = [sys.executable, "-m", "deltaserve", "pipeline", "serve", str(folder / "journal")]
+    (folder / "trainer.py").write_text(TRAINER)
+    with (folder / "told").open("w") as told:
+        served = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told, text=True)
     try:
         assert "is ready (0 jobs" in served.stdout.readline()
-        script = tmp_path / "trainer.py"
-        script.write_text(TRAINER)
-        found = subprocess.run(
-            [sys.executable, script, str(tmp_path)], capture_output=True, text=True, timeout=120
-        )
-        assert found.stdout.strip().splitlines()[-1] == str(sum(map(sum, direct(plan)))), found
-        served.send_signal(signal.SIGINT)
-        assert served.wait(30) != 1
+        yield served
     finally:
+        children = (
+            psutil.Process(served.pid).children(recursive=True) if served.poll() is None else []
+        )
         served.kill()
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def trainer(folder, mode, rows):
+    command = [sys.executable, folder / "trainer.py", folder, mode, str(rows)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_another_process_until_it_is_told_to_end(tmp_path, number):
+    plan = numbers(tmp_path, 1000)
+    with serving(tmp_path) as served:
+        found, _ = trainer(tmp_path, "ordered", 1000).communicate(timeout=120)
+        assert found.splitlines()[-1] == str(sum(map(sum, direct(plan))))
+        children = psutil.Process(served.pid).children(recursive=True)
+        served.send_signal(number)
+        assert served.wait(30) == 130
+        assert (tmp_path / "told").read_text() == "deltaserve: interrupted\n"
+        assert not psutil.wait_procs(children, timeout=30)[1]
+
+
+@pytest.mark.slow
+def test_a_trainer_outlives_a_service_that_is_killed(tmp_path):
+    """Ray would end it after a minute without its cluster."""
+    numbers(tmp_path, 200_000)
+    with serving(tmp_path) as served:
+        reading = trainer(tmp_path, "lockstep", 200_000)
+        assert reading.stdout.readline() == "reading\n"
+        children = psutil.Process(served.pid).children(recursive=True)
+        served.kill()
+        killed = time.monotonic()
+        told, _ = reading.communicate(timeout=150)
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+    assert "'pipeline' did not answer for 5 s" in told
+    assert reading.returncode == 0
+    assert time.monotonic() - killed > 70
 
 
 TRAINER = """
-import sys
+import sys, time
 from pathlib import Path
+from deltaserve.errors import ServiceError
 from deltaserve.pipeline.service.cluster import connect
 from deltaserve.pipeline.service.stream import JobOptions, ServiceStream
 from tests.pipeline.service.fake import flat, numbers
 
-plan = numbers(Path(sys.argv[1]), 1000)
-with ServiceStream(connect(), plan, JobOptions("job", local=0), None) as stream:
-    print(sum(sum(flat(batch)) for batch in stream))
+folder, mode, rows = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+options = JobOptions("job", mode=mode, local=0)
+try:
+    with ServiceStream(connect(patience_s=5.0), numbers(folder, rows), options, None) as stream:
+        total = sum(flat(next(stream)))
+        print("reading", flush=True)
+        print(total + sum(sum(flat(batch)) for batch in stream))
+except ServiceError as error:
+    print(error)
+    time.sleep(75)
 """

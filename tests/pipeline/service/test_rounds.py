@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltaserve.bench.pipeline_rounds import measure_packed
 from deltaserve.pipeline.service.rounds import Arrangement, Cost, Rounds
 
 
@@ -82,6 +83,15 @@ def test_batches_of_several_rows_are_balanced_by_their_sums():
     made = list(rounds(costs, 4, 6, look_ahead=64))
     sums = np.array([[sum(row[1] for row in rows) for rows in each] for each in made])
     assert np.mean(sums.max(1) / sums.mean(1)) < 1.01
+
+
+def test_packed_rows_are_near_equal_although_a_packing_window_ends_with_one_that_is_not_full(
+    tmp_path,
+):
+    found = measure_packed(tmp_path, rows=14_000)["max/mean cost of a round"]
+    for shares in found.values():
+        assert shares["as packed"] > 1.06
+        assert shares["coordinated"] <= 1.01
 
 
 def test_a_cost_is_found_again_from_step_times():
