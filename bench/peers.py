@@ -1,9 +1,9 @@
 """The same load on this server and on others: ``python -m deltaserve.bench.peers``.
 
 One machine, one run: the same 30 M-parameter models, prompts and official ``openai`` client. In
-each round every server in turn is started, warmed up with one request per model and a short load,
-loaded with prompts that it has not seen, and stopped, so that what the machine does meanwhile meets
-all of them. 32 requests of 64 generated tokens at once, greedy, over one model and over eight
+each round every server in turn is started, warmed up with one request per model and a whole load,
+loaded again with prompts that it has not seen, and stopped, so that what the machine does meanwhile
+meets all of them. 32 requests of 64 generated tokens at once, greedy, over one model and over eight
 fine-tunes. The median round counts; ratios are those of the same round.
 
 DeltaServe gets deltas; the others get the full checkpoints. "Whole models swapped" is DeltaServe
@@ -133,7 +133,7 @@ def _one(peer: Peer, count: int, sizes: Sizes, number: int, logs: Path) -> Load:
                 warm = server.load([model], 1, 4, 10_000 + i, left)
                 if not warm.complete:
                     return _failed(f"warm-up: {warm.answers[0]}", sizes)
-            server.load(models, sizes.requests, 8, 20_000, WARM_SECONDS)
+            server.load(models, sizes.requests, sizes.tokens, 20_000, WARM_SECONDS)
             first = number * sizes.requests
             return server.load(models, sizes.requests, sizes.tokens, first, sizes.limit)
     except StartError as error:

@@ -44,12 +44,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A job that ended: its result, or why it failed."""
+    """A job that ended: its result, or why it failed. worked: seconds of a processor, which are
+    fewer than ``seconds`` where it rested or waited for a disk."""
 
     job: Job
     result: Any
     error: str | None
     seconds: float
+    worked: float = 0.0
 
 
 class Background(Protocol):
@@ -156,8 +158,9 @@ class Loader:
             with self._lock:
                 task.started = time.monotonic()
                 self._running.append(task)
+            began = time.thread_time()
             result, error = self._run(task)
-            if not self._end(task, result, error):
+            if not self._end(task, result, error, time.thread_time() - began):
                 return
 
     def _run(self, task: _Task) -> tuple[Any, str | None]:
@@ -170,13 +173,14 @@ class Loader:
             logger.exception("a delta could not be loaded")
             return None, f"it could not be loaded: {type(cause).__name__}: {cause}"
 
-    def _end(self, task: _Task, result: Any, error: str | None) -> bool:
+    def _end(self, task: _Task, result: Any, error: str | None, worked: float = 0.0) -> bool:
         """Note the result; False if the job had ended already."""
         with self._lock:
             if task not in self._running:
                 return False
             self._running.remove(task)
-            self._done.append(Done(task.job, result, error, time.monotonic() - task.started))
+            seconds = time.monotonic() - task.started
+            self._done.append(Done(task.job, result, error, seconds, worked))
         self._arrived.set()
         return True
 

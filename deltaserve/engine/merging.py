@@ -90,7 +90,10 @@ class Merger:
         self.used_bytes += version.needs.merged_bytes
 
     def done(self, version: DeltaVersion, merged: Operands | None, seconds: float) -> bool:
-        """None: it failed, and is not tried again. False if it is not wanted any more."""
+        """None: it failed, and is not tried again. False if it is not wanted any more.
+
+        seconds: of a processor that it took, which those who decode had to do without.
+        """
         self._busy = None
         self.merge_seconds = seconds
         if merged is None:

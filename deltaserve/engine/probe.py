@@ -15,7 +15,7 @@ from deltaserve.engine.operands import MERGEABLE, Operands
 from deltaserve.engine.pieces import Piece
 from deltaserve.kernels.delta_matmul import LaidOut, delta_matmul, int4
 
-ROWS = (MERGED_ROWS, 4 * MERGED_ROWS, 16 * MERGED_ROWS)
+ROWS = (MERGED_ROWS, 4 * MERGED_ROWS, 32 * MERGED_ROWS)
 REPEATS = 3
 
 

@@ -393,6 +393,6 @@ class Residency:
 
     def _take_merged(self, version: DeltaVersion, done: Done) -> None:
         """What cannot be merged stays packed."""
-        if self.merger.done(version, done.result, done.seconds):
+        if self.merger.done(version, done.result, done.worked):
             self.device.attach_soon(version, done.result)
             self.catalogue.revision += 1
