@@ -16,7 +16,7 @@ from torch import nn
 from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.artifact.manifest import TensorEntry
 from deltaserve.engine.delta_layer import DeltaLayer
-from deltaserve.engine.pieces import Piece, Pieces, apart, for_kernels, join
+from deltaserve.engine.pieces import Piece, Pieces, Rest, apart, for_kernels, join, no_rest
 from deltaserve.engine.routing import Segment, StepContext
 from deltaserve.engine.slot_table import SlotTable
 from deltaserve.kernels import dense
@@ -66,8 +66,9 @@ class DeltaLinear(DeltaLayer):
             self.inner.weight = nn.Parameter(shape_only, requires_grad=False)
             self.grouped.base_NK = shape_only
 
-    def prepare(self, parameter: str, pieces: Pieces) -> Pieces:
-        """What ``attach`` shall keep: laid out as this device computes."""
+    def prepare(self, parameter: str, pieces: Pieces, rest: Rest = no_rest) -> Pieces:
+        """What ``attach`` shall keep: laid out as this device computes. rest: called between
+        slices of the work."""
         if parameter == "bias":
             return pieces
         if parameter == MERGED:
@@ -76,7 +77,7 @@ class DeltaLinear(DeltaLayer):
         pieces = tuple(Piece(p.start, enc) for p in pieces for enc in apart(p.enc, dtype))
         if self.grouped.serves_layer():
             return for_kernels(pieces, self.grouped)
-        return join(pieces, dtype) if self.packs_on_cpu() else pieces
+        return join(pieces, dtype, rest) if self.packs_on_cpu() else pieces
 
     def packs_on_cpu(self) -> bool:
         """Whether operands are laid out for the CPU's own operators."""
@@ -276,7 +277,7 @@ class DeltaEmbedding(DeltaLayer):
         self.grouped = GroupedEmbeddings("embed_tokens.weight", inner.weight, False)
         self.weights: dict[int, Encoded] = {}
 
-    def prepare(self, parameter: str, pieces: Pieces) -> Pieces:
+    def prepare(self, parameter: str, pieces: Pieces, rest: Rest = no_rest) -> Pieces:
         (piece,) = pieces
         if self.grouped.serves_layer() and self.grouped.takes(piece.enc.codec):
             return (Piece(piece.start, self.grouped.prepare(piece.enc) or piece.enc),)
@@ -334,7 +335,7 @@ class DeltaNorm(DeltaLayer):
         self.token_dim = token_dim
         self.table = SlotTable(self.base_weight)
 
-    def prepare(self, parameter: str, pieces: Pieces) -> Pieces:
+    def prepare(self, parameter: str, pieces: Pieces, rest: Rest = no_rest) -> Pieces:
         return pieces
 
     @property

@@ -260,10 +260,11 @@ class OperandMaker:
                 continue
             for name in members.keys() - made.keys():
                 made[name] = self._operand(delta, name, merge)
+                self._pace.rest()
             kind, key = MERGED if merge else leaf, "+".join(members)
             if key not in placed or not all(p.laid_out for p in placed[key]):
                 pieces = tuple(Piece(start, made[name]) for name, start in members.items())
-                pieces = layer.prepare(kind, pieces)
+                pieces = layer.prepare(kind, pieces, self._pace.rest)
                 placed[key] = pieces if merge else self._place(pieces)
             yield Binding(layer, kind, placed[key])
             self._pace.rest()

@@ -59,6 +59,11 @@ class Piece:
 
 
 Pieces = tuple[Piece, ...]
+Rest = Callable[[], None]
+
+
+def no_rest() -> None:
+    """Where nobody else needs the processor."""
 
 
 def apart(enc: Encoded, dtype: torch.dtype) -> list[Encoded]:
@@ -88,18 +93,18 @@ def entries_apart(entry: TensorEntry) -> list[TensorEntry]:
     return [entry]
 
 
-def join(pieces: Pieces, dtype: torch.dtype) -> Pieces:
+def join(pieces: Pieces, dtype: torch.dtype, rest: Rest = no_rest) -> Pieces:
     """On a CPU: whole weights of neighbouring outputs as one, and ``int`` as its operator reads it.
 
-    pieces: of one layer, by ``start``.
+    pieces: of one layer, by ``start``. rest: called between slices of the work.
     """
     packed = [p for p in pieces if _packs(p.enc, p.enc.dtype, dtype)]
     others = [p for p in pieces if not _packs(p.enc, p.enc.dtype, dtype)]
     encs = [piece.enc for piece in packed]
     if packed and _adjacent(packed) and int4.fusable(encs):
-        packed = [Piece(packed[0].start, enc) for enc in int4.pack(encs)]
+        packed = [Piece(packed[0].start, enc) for enc in int4.pack(encs, rest)]
     else:
-        packed = [Piece(p.start, enc) for p in packed for enc in int4.pack([p.enc])]
+        packed = [Piece(p.start, enc) for p in packed for enc in int4.pack([p.enc], rest)]
     if len(others) > 1 and _adjacent(others) and all(p.enc.codec == "raw" for p in others):
         values = torch.cat([piece.values for piece in others])
         whole = replace(others[0].enc, shape=tuple(values.shape), tensors={"values": values})

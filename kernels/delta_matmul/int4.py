@@ -14,7 +14,7 @@ for one row and 29 ms for 16 in float32, 0.17 and 0.67 in bfloat16 (the table of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,9 @@ CODEC = "int4"
 """Of operands in this layout; it is not a codec of artifacts."""
 GROUP_SIZES = (256, 128, 64, 32)
 ROW_MULTIPLE = 16
+BLOCK_ROWS = 512
+"""Converted at a time, so that loading threads can rest: a multiple of the operator's own blocks
+of rows, which are stored one after the other."""
 COMPUTED_IN = torch.bfloat16
 _INNER_TILES = 1  # the CPU operator knows one layout only
 
@@ -64,19 +67,25 @@ def fusable(encs: Sequence[Stored]) -> bool:
     )
 
 
-def pack(encs: Sequence[Encoded]) -> list[Encoded]:
+def pack(encs: Sequence[Encoded], rest: Callable[[], None] = lambda: None) -> list[Encoded]:
     """``int`` matrices that share their K inputs as one; by plane.
 
-    packed uint8 [N, K / 2] in the operator's own order; scales bfloat16 [G, N, 2]: scale and zero.
+    rest: called between slices of the work. packed uint8 [N, K / 2] in the operator's own order;
+    scales bfloat16 [G, N, 2]: scale and zero.
     """
     size = _group_size(encs)
     assert size is not None, "ask supports or fusable first"
     shape = (sum(matrix_shape(enc.shape)[0] for enc in encs), matrix_shape(encs[0].shape)[1])
     planes = []
     for plane in range(encs[0].params["planes"]):
-        codes = _codes(encs, plane)
+        blocks = []
+        for start in range(0, shape[0], BLOCK_ROWS):
+            codes = _codes(encs, plane, start, start + BLOCK_ROWS)
+            convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+            blocks.append(convert(codes, _INNER_TILES))
+            rest()
         tensors = {
-            "packed": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, _INNER_TILES),
+            "packed": torch.cat(blocks),
             "scales": torch.cat([_scales(enc, plane, size) for enc in encs], dim=1),
         }
         planes.append(Encoded(CODEC, {"group_size": size}, shape, COMPUTED_IN, tensors))
@@ -119,13 +128,16 @@ def _columns_per_scale(enc: Stored) -> int | None:
     return columns if size == 0 else math.gcd(size, columns)
 
 
-def _codes(encs: Sequence[Encoded], plane: int) -> torch.Tensor:
-    """int32 [N, K], 0 .. 15, of all of them below each other."""
+def _codes(encs: Sequence[Encoded], plane: int, start: int, stop: int) -> torch.Tensor:
+    """int32 [stop - start, K], 0 .. 15: rows of all of them below each other."""
     levels = []
     for enc in encs:
-        bits, columns = enc.params["bits"], matrix_shape(enc.shape)[1]
-        codes = unpack_bits(enc.tensors["codes"][plane], bits, columns)
-        levels.append(codes if bits == 4 else codes.mul_(2).add_(9 - 2**bits))
+        bits, (rows, columns) = enc.params["bits"], matrix_shape(enc.shape)
+        if start < rows and stop > 0:
+            own = enc.tensors["codes"][plane][max(start, 0) : stop]
+            codes = unpack_bits(own, bits, columns)
+            levels.append(codes if bits == 4 else codes.mul_(2).add_(9 - 2**bits))
+        start, stop = start - rows, stop - rows
     return (torch.cat(levels) if len(levels) > 1 else levels[0]).int()
 
 

@@ -91,3 +91,17 @@ def test_matrices_of_different_planes_stay_apart() -> None:
     encs = [encode(16, 64, bits=1, planes=planes) for planes in (1, 2)]
     assert all(int4.supports(enc) for enc in encs)
     assert not int4.fusable(encs)
+
+
+@pytest.mark.parametrize("rows", [(16,), (512,), (528, 1040), (80, 432, 1056), (2048, 16)])
+def test_matrices_of_many_rows_are_converted_in_blocks(
+    rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encs = [encode(count, 64, bits=2 + 2 * (i % 2), group_size=32) for i, count in enumerate(rows)]
+    rests: list[None] = []
+    (blocks,) = int4.pack(encs, lambda: rests.append(None))
+    assert len(rests) == -(-sum(rows) // int4.BLOCK_ROWS)
+    monkeypatch.setattr(int4, "BLOCK_ROWS", sum(rows))
+    (whole,) = int4.pack(encs)
+    assert torch.equal(blocks.tensors["packed"], whole.tensors["packed"])
+    assert torch.equal(blocks.tensors["scales"], whole.tensors["scales"])
