@@ -26,7 +26,7 @@ CODEC = "int4"
 """Of operands in this layout; it is not a codec of artifacts."""
 GROUP_SIZES = (256, 128, 64, 32)
 ROW_MULTIPLE = 16
-BLOCK_ROWS = 512
+BLOCK_ROWS = 256
 """Converted at a time, so that loading threads can rest: a multiple of the operator's own blocks
 of rows, which are stored one after the other."""
 COMPUTED_IN = torch.bfloat16
