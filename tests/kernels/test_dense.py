@@ -19,11 +19,12 @@ from deltaserve.kernels import dense
 from tests.families import make_base
 
 SIZES = st.integers(1, 130)
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if dense.has_arithmetic(dtype)]
 
 
 @given(
     rows=st.integers(0, 70), outputs=SIZES, inputs=SIZES, bias=st.booleans(), wider=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 99),
+    dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_products_with_a_packed_weight(rows, outputs, inputs, bias, wider, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -48,20 +49,23 @@ def test_what_cannot_be_packed_is_multiplied_as_it_is():
     x_TK = torch.randn(2, 5, dtype=torch.float64)
     assert not dense.packs(weight_NK)
     assert torch.equal(dense.linear(x_TK, weight_NK), x_TK @ weight_NK.T)
+    assert not dense.packs(torch.randn(6, 5))
     assert not dense.packs(dense.pack(torch.randn(6, 5)))
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "llama"])
 def test_each_weight_of_the_base_is_in_memory_once(family: str, tmp_path: Path):
     base = Checkpoint.open(make_base(family, tmp_path / "base"))
-    model = load_base(base, torch.float32, "cpu")
+    model = load_base(base, torch.bfloat16, "cpu")
+    packs = dense.packs(torch.empty(1, 1, dtype=torch.bfloat16))
     modules = make_delta_aware(model, base.architecture, StepContext())
     layers = {part_of(module)[0] for module in modules.values()}
     linears = [layer for layer in layers if isinstance(layer, DeltaLinear)]
     assert linears
     for layer in linears:
         tied = family == "llama-tied" and isinstance(layer, DeltaHead)
-        assert layer.base_NK.is_mkldnn is not tied
+        assert layer.base_NK.is_mkldnn is (packs and not tied)
         assert layer.inner.weight.shape == layer.base_NK.shape
         stored = layer.inner.weight.untyped_storage().nbytes()
-        assert stored == (layer.base_NK.nbytes if tied else torch.float32.itemsize)
+        plain = tied or not packs
+        assert stored == (layer.base_NK.nbytes if plain else torch.bfloat16.itemsize)
