@@ -185,6 +185,8 @@ class Scheduler:
         else:
             return
         if found and self._hold_delta(first, now):
+            if not first.aged:  # this step's tokens may all go to prompts that run already
+                self._release(first)
             self._preempt(max(found, key=self._precedence), now)
 
     def _next_in_line(self, now: float) -> Sequence | None:

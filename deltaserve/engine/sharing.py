@@ -22,11 +22,11 @@ def over_share(
     """What runs of the tenants who hold more than their share, if that of ``first`` holds less.
 
     A share is ``total`` divided by weight among the tenants who run and the one who waits. Nothing
-    that goes before ``first`` by the policy, and nothing that aged. A policy without tenants has
-    no shares.
+    that goes before ``first`` by the policy, or by age where that has them equal (it would be
+    admitted again at once), and nothing that aged. A policy without tenants has no shares.
     """
     band, tenant = policy.flow(first.request)
-    rank = policy.rank((band, tenant))
+    place = band, policy.rank((band, tenant)), first.number
     held: Counter[str] = Counter()
     weights = {tenant: first.request.weight}
     candidates = []
@@ -34,7 +34,7 @@ def over_share(
         flow = its_band, its_tenant = policy.flow(seq.request)
         held[its_tenant] += size(seq)
         weights[its_tenant] = seq.request.weight
-        behind = (its_band, policy.rank(flow)) >= (band, rank)
+        behind = (its_band, policy.rank(flow), seq.number) > place
         if behind and seq.first_since is None:
             candidates.append((its_tenant, seq))
     unit = total / sum(weights.values())

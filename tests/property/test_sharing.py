@@ -89,6 +89,38 @@ def test_nothing_gives_way_to_a_delta_that_is_not_there_yet():
     assert steps_until_it_runs(scheduler, clock, late) <= 2
 
 
+def test_nobody_gives_way_just_to_be_admitted_again():
+    """Served alike, the older goes first: it would take its blocks back in the same step."""
+    clock = Clock()
+    scheduler = make_scheduler(clock=clock, blocks=9, budget=1, seqs=2)
+    scheduler.add(make("a", "a", prompt=17, max_tokens=1))
+    for number, prompt in enumerate([17, 1, 1, 1, 1, 1]):
+        scheduler.add(make(f"b{number}", "b", prompt=prompt, max_tokens=1))
+    while scheduler.has_work():
+        clock.now += 1.0
+        before, preemptions = set(scheduler.running), scheduler.num_preemptions
+        step(scheduler)
+        assert not (scheduler.num_preemptions > preemptions and before & set(scheduler.running))
+
+
+def test_who_gets_a_row_but_no_tokens_yet_holds_no_delta():
+    store = FakeStore(ready=[0, 1])
+    clock = Clock()
+    scheduler = make_scheduler(clock=clock, blocks=64, budget=4, seqs=2, deltas=store)
+    scheduler.add(make("long", "flood", prompt=100, slot=2))
+    scheduler.add(make("short", "flood", max_tokens=100))
+    step(scheduler)
+    store.ready.add(2)  # its prompt takes all tokens of the steps that follow
+    late = make("mine", "mine", slot=1)
+    step(scheduler)
+    scheduler.add(late)
+    while scheduler.num_preemptions == 0:
+        clock.now += STEP_S
+        step(scheduler)
+    assert late in scheduler.waiting and late not in store.held
+    assert steps_until_it_runs(scheduler, clock, late) < 20
+
+
 def test_shares_follow_the_weights():
     scheduler, clock = flooded(seqs=8, blocks=512)
     for number in range(8):
