@@ -41,7 +41,8 @@ def record(path: Path, command: str, results: Any) -> None:
 
 
 def save(path: Path, command: str, results: Any) -> None:
-    """``record`` without a word: for results that grow."""
+    """``record`` without a word: for results that grow. Missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"command": command, "environment": environment(), "results": results}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")

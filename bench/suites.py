@@ -127,6 +127,8 @@ def main() -> int:
     if unknown := [name for name in args.names if name not in SUITES]:
         parser.error(f"no suite is called {unknown[0]!r}; there are {', '.join(SUITES)}")
     options = [] if args.duration is None else ["--duration", f"{args.duration:g}"]
+    if args.record:  # a mistake in it shall not show after half an hour
+        args.record.mkdir(parents=True, exist_ok=True)
     code = 0
     with contextlib.ExitStack() as stack:
         root = args.dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -4,7 +4,11 @@ Given a plain weight, each matmul copies it into that order first, which for few
 as the product. With a weight of 1536 x 512 on two cores with AVX512-BF16 that of 1, 4, 32
 and 256 rows took 139, 155, 257 and 1026 us in bfloat16, and 74, 77, 168 and 943 once it was
 packed; 292, 395, 690 and 2977 in float32 (by MKL), and 119, 121, 311 and 1915. In bfloat16 the
-results are the same bits. N outputs, K inputs, T rows.
+results are the same bits.
+
+For each shape of a product oneDNN makes code and buffers, which takes a millisecond and 0.4 MB
+(0.7 in float32), and keeps them: 0.7 GB after 300 numbers of rows of one model. So there are few
+numbers of rows: see ``padded``. N outputs, K inputs, T rows.
 """
 
 from __future__ import annotations
@@ -24,14 +28,12 @@ def has_arithmetic(dtype: torch.dtype) -> bool:
 
 
 def packs(weight_NK: torch.Tensor) -> bool:
-    """Whether products with it are computed by oneDNN here. In float32 MKL computes them: oneDNN
-    would be faster, but keeps about 0.9 MB of code and buffers for each shape of a product (in
-    bfloat16 packed or not), which came to 1 GB after 400 numbers of rows."""
+    """Whether packing makes its products faster here: float32, or what has arithmetic."""
     return (
         weight_NK.device.type == "cpu"
         and not weight_NK.is_mkldnn
         and torch.backends.mkldnn.is_available()
-        and weight_NK.dtype == torch.bfloat16
+        and weight_NK.dtype in (torch.float32, torch.bfloat16)
         and has_arithmetic(weight_NK.dtype)
     )
 
@@ -47,11 +49,32 @@ def unpack(weight_NK: torch.Tensor) -> torch.Tensor:
     return weight_NK.to_dense() if weight_NK.is_mkldnn else weight_NK.detach().clone()
 
 
+def padded(rows: int) -> int:
+    """The next of the numbers of rows that are computed: all up to 16, then eight to each power
+    of two, so that at most an eighth is wasted."""
+    step = 1 << max(0, (rows - 1).bit_length() - 4)
+    return -(-rows // step) * step
+
+
 def linear(
     x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``F.linear``, of a packed weight too -> [T, N]."""
-    if not weight_NK.is_mkldnn:
+    if not _by_onednn(weight_NK):
         return F.linear(x_TK, weight_NK, bias_N)
-    y_TN: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_TK, weight_NK, bias_N, "none", [], "")
-    return y_TN
+    rows = len(x_TK)
+    more = padded(rows) - rows
+    if more:
+        x_TK = F.pad(x_TK, (0, 0, 0, more))
+    if weight_NK.is_mkldnn:
+        y_TN = torch.ops.mkldnn._linear_pointwise(x_TK, weight_NK, bias_N, "none", [], "")
+    else:
+        y_TN = F.linear(x_TK, weight_NK, bias_N)
+    return y_TN[:rows] if more else y_TN
+
+
+def _by_onednn(weight_NK: torch.Tensor) -> bool:
+    """Plain float32 goes to MKL."""
+    return weight_NK.is_mkldnn or (
+        weight_NK.device.type == "cpu" and weight_NK.dtype in (torch.bfloat16, torch.float16)
+    )

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from deltaserve.artifact.codecs.base import Encoded, matrix_shape
+from deltaserve.kernels import dense
 
 
 def supports(enc: Encoded) -> bool:
@@ -27,7 +28,7 @@ def supports(enc: Encoded) -> bool:
 
 def delta_matmul(y_TN: torch.Tensor, x_TK: torch.Tensor, enc: Encoded) -> None:
     """Add ``x @ delta^T`` to y in place."""
-    y_TN.add_(F.linear(x_TK, dequantise(enc, x_TK.dtype)))
+    y_TN.add_(dense.linear(x_TK, dequantise(enc, x_TK.dtype)))
 
 
 def dequantise(enc: Encoded, dtype: torch.dtype) -> torch.Tensor:

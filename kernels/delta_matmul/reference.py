@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 
 from deltaserve.artifact.codecs import CODECS
 from deltaserve.artifact.codecs.base import AdditiveCodec, Encoded
 from deltaserve.artifact.codecs.lowrank import LowRankCodec
 from deltaserve.artifact.codecs.rows import RowsCodec
+from deltaserve.kernels import dense
 
 
 def delta_matmul(
@@ -22,23 +22,23 @@ def delta_matmul(
     they store, for which they need the bias that belongs to it.
     """
     if enc.codec == "raw":
-        y_TN.copy_(F.linear(x_TK, enc.tensors["values"], bias_N))
+        y_TN.copy_(dense.linear(x_TK, enc.tensors["values"], bias_N))
     elif enc.codec == "rows":
         _rows(y_TN, x_TK, enc, bias_N)
     elif enc.codec == "lowrank":
         u_NR, v_RK = cast(LowRankCodec, CODECS["lowrank"]).factors(enc)
-        h_TR = F.linear(x_TK, v_RK.to(x_TK.dtype))
-        y_TN.add_(F.linear(h_TR, u_NR.to(x_TK.dtype)), alpha=enc.params.get("scale", 1.0))
+        h_TR = dense.linear(x_TK, v_RK.to(x_TK.dtype))
+        y_TN.add_(dense.linear(h_TR, u_NR.to(x_TK.dtype)), alpha=enc.params.get("scale", 1.0))
     else:
         codec = cast(AdditiveCodec, CODECS[enc.codec])
-        y_TN.add_(F.linear(x_TK, codec.delta(enc).to(x_TK.dtype)))
+        y_TN.add_(dense.linear(x_TK, codec.delta(enc).to(x_TK.dtype)))
 
 
 def _rows(
     y_TN: torch.Tensor, x_TK: torch.Tensor, enc: Encoded, bias_N: torch.Tensor | None
 ) -> None:
     index, values, additive = cast(RowsCodec, CODECS["rows"]).rows(enc)
-    part = F.linear(x_TK, values.to(x_TK.dtype))
+    part = dense.linear(x_TK, values.to(x_TK.dtype))
     if additive:
         y_TN.index_add_(1, index, part)
         return

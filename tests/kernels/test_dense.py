@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,12 +46,47 @@ def test_products_with_a_packed_weight(rows, outputs, inputs, bias, wider, dtype
     assert bool(((y_TN.double() - exact).abs() <= 4 * rounding).all())
 
 
+@given(rows=st.integers(0, 100_000))
+def test_a_few_rows_more_are_computed(rows):
+    assert rows <= dense.padded(rows) <= max(16, rows + rows // 8)
+    assert dense.padded(dense.padded(rows)) == dense.padded(rows)
+
+
+def test_there_are_few_numbers_of_rows():
+    assert len({dense.padded(rows) for rows in range(1, 2049)}) == 16 + 7 * 8
+
+
+GROWTH = """
+import psutil, torch
+from deltaserve.kernels import dense
+
+dtype = torch.bfloat16 if dense.has_arithmetic(torch.bfloat16) else torch.float32
+plain = [torch.ones(16 * n, 64, dtype=dtype) for n in range(1, 5)]
+weights = plain + [dense.pack(weight) for weight in plain]
+
+def run(rows):
+    for weight in weights:
+        dense.linear(torch.ones(rows, 64, dtype=dtype), weight)
+
+for rows in {dense.padded(rows) for rows in range(1, 401)}:
+    run(rows)
+before = psutil.Process().memory_info().rss
+for rows in range(1, 401):
+    run(rows)
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+def test_memory_does_not_grow_with_every_number_of_rows():
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True)
+    assert int(done.stdout) < 40e6, done.stderr
+
+
 def test_what_cannot_be_packed_is_multiplied_as_it_is():
     weight_NK = torch.randn(6, 5, dtype=torch.float64)
     x_TK = torch.randn(2, 5, dtype=torch.float64)
     assert not dense.packs(weight_NK)
     assert torch.equal(dense.linear(x_TK, weight_NK), x_TK @ weight_NK.T)
-    assert not dense.packs(torch.randn(6, 5))
     assert not dense.packs(dense.pack(torch.randn(6, 5)))
 
 

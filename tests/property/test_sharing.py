@@ -117,7 +117,8 @@ def test_who_gets_a_row_but_no_tokens_yet_holds_no_delta():
     while scheduler.num_preemptions == 0:
         clock.now += STEP_S
         step(scheduler)
-    assert late in scheduler.waiting and late not in store.held
+    assert late in scheduler.waiting
+    assert late not in store.held
     assert steps_until_it_runs(scheduler, clock, late) < 20
 
 
