@@ -1,8 +1,10 @@
-"""The engine's process, ``python -m deltaserve.engine.child DIRECTORY``: see EngineProcess."""
+"""The engine's process, ``python -m deltaserve.engine.child DIRECTORY [spare]``: see
+EngineProcess."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import logging
 import os
 import shutil
@@ -31,6 +33,8 @@ SPARE_NAME, NAME = b"deltaserve-idle", b"deltaserve-eng"  # the kernel keeps 15 
 FAREWELL_MILLISECONDS = 2000
 """How long the last reports may take to leave."""
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+SPARE_NICENESS = 10
+"""Of importing, which beside an engine that needs all processors gets a tenth of one."""
 
 logger = logging.getLogger("deltaserve.engine")
 
@@ -65,14 +69,18 @@ class Link:
         return socket
 
 
-def main(directory: Path) -> int:
-    """Serve until told to stop; the exit code."""
+def main(directory: Path, spare: bool) -> int:
+    """Serve until told to stop; the exit code. spare: while another one serves."""
     # The server decides: it may want to drain, and if it goes, this process goes with it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(directory,), daemon=True).start()
     link = Link(directory)
     link.send(Hello(SCHEMA))
+    if spare:
+        importing = threading.Thread(target=_import_behind_others)
+        importing.start()
+        importing.join()
     try:
         return _serve(link)
     finally:
@@ -109,6 +117,16 @@ def _serve(link: Link) -> int:
     return 0
 
 
+def _import_behind_others() -> None:
+    """Takes seconds of a processor, which those whose answers are computed shall not lack. The
+    main thread, which serves some day, keeps its priority."""
+    if sys.platform == "linux":  # where a thread has its own
+        niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + SPARE_NICENESS, 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+    importlib.import_module("deltaserve.engine.core")
+    importlib.import_module("deltaserve.engine.loop")
+
+
 def _end_with_parent(directory: Path) -> None:
     """Standard input ends when the process at its other end does, even if that was killed."""
     os.read(sys.stdin.fileno(), 1)
@@ -123,6 +141,6 @@ def _prctl(option: int, value: int | bytes) -> None:
 
 
 if __name__ == "__main__":
-    code = main(Path(sys.argv[1]))
+    code = main(Path(sys.argv[1]), "spare" in sys.argv[2:])
     logging.shutdown()
     os._exit(code)  # taking torch apart would last a second, and there is nothing left to save

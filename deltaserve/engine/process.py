@@ -17,6 +17,7 @@ import zmq
 from deltaserve.engine.messages import Command, Report, Stop
 from deltaserve.engine.wire import decode, encode
 
+CHILD = "deltaserve.engine.child"
 COMMANDS, REPORTS = "commands", "reports"
 """The sockets in the process's directory, named for what passes through them."""
 CONNECT_MILLISECONDS = 10_000
@@ -31,8 +32,9 @@ class EngineProcess:
     sent: it ends when this process does, however that comes about.
     """
 
-    def __init__(self) -> None:
-        """Start it. What it imports takes seconds; they pass in parallel."""
+    def __init__(self, *, spare: bool = False) -> None:
+        """Start it. What it imports takes seconds; they pass in parallel, and of a spare one behind
+        those who serve."""
         self._directory = _private_directory()
         self._sending = threading.Lock()
         self._context = zmq.Context()
@@ -41,7 +43,7 @@ class EngineProcess:
             self._reports = self._bind(zmq.PULL, REPORTS)
             self._process = subprocess.Popen(
                 # The same modules as here, none from where the user happens to stand (-P).
-                [sys.executable, "-P", "-m", "deltaserve.engine.child", str(self._directory)],
+                [sys.executable, "-P", "-m", CHILD, str(self._directory), *["spare"] * spare],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
                 stdin=subprocess.PIPE,
                 process_group=0,  # Ctrl-C in a terminal is for the server, which may drain first

@@ -166,7 +166,7 @@ class ProcessClient(Frontend):
             return
         self._spare_due = math.inf
         try:
-            self._spare = EngineProcess()
+            self._spare = EngineProcess(spare=True)
         except OSError as error:  # no reason to stop the one that serves
             logger.warning("no spare process can be kept: %s", error)
 

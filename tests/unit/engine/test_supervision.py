@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -87,6 +88,24 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_spare_imports_behind_those_who_serve() -> None:
+    process, own = EngineProcess(spare=True), os.getpriority(os.PRIO_PROCESS, 0)
+    try:
+        wait_until(lambda: max(priorities(process.pid)) > own)
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == own, "its main thread serves later"
+    finally:
+        process.stop(0)
+
+
+def priorities(pid: int) -> list[int]:
+    """Of a process's threads."""
+    found = [0]
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            found.append(os.getpriority(os.PRIO_PROCESS, int(task.name)))
+    return found
 
 
 def test_kill_under_load_fails_the_streams_and_it_serves_again(client: ProcessClient) -> None:
