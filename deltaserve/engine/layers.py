@@ -46,6 +46,7 @@ class DeltaLinear(DeltaLayer):
         self.inner = inner
         self.quantised = type(inner) is not nn.Linear
         self.base_NK = inner.weight.detach()
+        self.base_bias_N: torch.Tensor | None = None if inner.bias is None else inner.bias.detach()
         self.grouped = GroupedDeltas(f"{name}.weight", like(inner), inner.bias is not None)
         self.laid_out: dict[int, tuple[Piece, ...]] = {}
         self.shifts: SlotTable | None = None
@@ -197,7 +198,7 @@ class DeltaLinear(DeltaLayer):
         if self.quantised:
             y_TN: torch.Tensor = self.inner(x_TK)
             return y_TN
-        return dense.linear(x_TK, self.base_NK, self.inner.bias)
+        return dense.linear(x_TK, self.base_NK, self.base_bias_N)
 
     def base_spans(self, num_rows: int) -> list[tuple[int, int]]:
         """Runs of rows that need the base's output: all but those with a whole weight of their
@@ -220,29 +221,35 @@ class DeltaLinear(DeltaLayer):
     def correct(self, x_TK: torch.Tensor, y_TN: torch.Tensor) -> None:
         if self.weights or self.biases or self.merged:
             for segment in self.segments():
-                slot = segment.slot
-                if slot in self.weights or slot in self.biases or slot in self.merged:
-                    rows = slice(segment.start, segment.end)
-                    self._correct_rows(segment, x_TK[rows], y_TN[rows])
+                self._correct_rows(segment, x_TK, y_TN)
         if self.grouped.tables:
             self.grouped.apply(y_TN, x_TK, self.chunks())
         if self.shifts is not None and self.step.routing.has_any(self.shifts.slots):
             y_TN += self.shifts.of(self.step.routing.slot_T)
 
-    def _correct_rows(self, segment: Segment, x_SK: torch.Tensor, y_SN: torch.Tensor) -> None:
-        """The rows of one delta."""
-        bias_N: torch.Tensor | None = self.inner.bias
-        own_N = self.biases.get(segment.slot, bias_N)
-        if self._runs_merged(segment):
-            merged_NK = self.merged[segment.slot]
-            y_SN[:, : len(merged_NK)] = dense.linear(x_SK, merged_NK, own_N)
+    def _correct_rows(self, segment: Segment, x_TK: torch.Tensor, y_TN: torch.Tensor) -> None:
+        """The rows of one delta. Called for each of them in each layer: by Python, a good part of
+        a step on a CPU."""
+        slot, start, end = segment.slot, segment.start, segment.end
+        if self.merged and self._runs_merged(segment):
+            own_N = self.biases.get(slot, self.base_bias_N)
+            merged_NK = self.merged[slot]
+            y_TN[start:end, : len(merged_NK)] = dense.linear(x_TK[start:end], merged_NK, own_N)
             return
-        if own_N is not None and bias_N is not None and own_N is not bias_N:
-            y_SN[:, : len(own_N)] += own_N - bias_N
-        for piece in self.weights.get(segment.slot, ()):
-            out = piece.outputs
-            part = y_SN if piece.enc.shape[0] == y_SN.shape[1] else y_SN[:, out]
-            delta_matmul(part, x_SK, piece.enc, None if own_N is None else own_N[out])
+        own_N = self.base_bias_N
+        if slot in self.biases and own_N is not None:
+            shift_N = self.biases[slot] - own_N
+            own_N = self.biases[slot]
+            y_TN[start:end, : len(shift_N)] += shift_N
+        pieces = self.weights.get(slot)
+        if pieces is None:
+            return
+        x_SK, y_SN = x_TK[start:end], y_TN[start:end]
+        width = y_TN.shape[1]
+        for piece in pieces:
+            out, enc = piece.outputs, piece.enc
+            part = y_SN if enc.shape[0] == width else y_SN[:, out]
+            delta_matmul(part, x_SK, enc, None if own_N is None else own_N[out])
 
 
 class DeltaHead(DeltaLinear):

@@ -26,7 +26,7 @@ class Piece:
     start: int
     operand: Encoded | LaidOut
 
-    @property
+    @cached_property
     def enc(self) -> Encoded:
         return self.operand.enc if isinstance(self.operand, LaidOut) else self.operand
 

@@ -15,6 +15,8 @@ from deltaserve.kernels.staging import to_device
 SPAN = 512
 MAX_SPANS = 16
 
+MaskKind = tuple[int | None, torch.dtype]
+
 
 def span_of(max_model_len: int) -> int:
     """How an engine cuts contexts, a power of two. It follows from the longest context that there
@@ -45,7 +47,7 @@ class PagedBatch:
     slot_mapping_T: slot that receives each new token. block_table_RB: the blocks of each
     sequence, padded with 0. context_lens: tokens of each sequence after this step, and
     query_starts (R + 1 entries): where its new tokens begin in the packed batch. span: tokens of
-    context per program of a decode row.
+    context per program of a decode row. fixed: the tensors are not written anew.
     """
 
     slot_mapping_T: torch.Tensor
@@ -54,7 +56,9 @@ class PagedBatch:
     query_starts: list[int]
     block_size: int
     span: int = SPAN
+    fixed: bool = True
     _prefill: dict[int, QueryBlocks | None] = field(default_factory=dict, init=False)
+    _masks: dict[MaskKind, torch.Tensor] = field(default_factory=dict, init=False)
 
     @classmethod
     def static(
@@ -74,6 +78,7 @@ class PagedBatch:
         rows = len(slot_mapping_R)
         starts = list(range(rows + 1))
         batch = cls(slot_mapping_R, block_table_RB, [longest] * rows, starts, block_size, span)
+        batch.fixed = False
         batch.len_R = len_R
         index = torch.arange(rows, device=len_R.device)
         batch.decode_index = index, len_R, block_table_RB[:, : -(-longest // block_size)]
@@ -100,6 +105,22 @@ class PagedBatch:
         lens = [self.context_lens[r] for r in self.decode_rows]
         width = -(-max(lens) // self.block_size)
         return index, torch.tensor(lens, device=device), self.block_table_RB[rows, :width]
+
+    def decode_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to the scores of the decode rows, [rows, 1, 1, L]: -inf where a key is not
+        seen. window: a token sees itself and the ``window - 1`` before it. Made once per step."""
+        mask = self._masks.get((window, dtype))
+        if mask is None:
+            _, lens, table = self.decode_index
+            position_L = torch.arange(table.shape[1] * self.block_size, device=lens.device)
+            unseen_RL = position_L >= lens[:, None]
+            if window is not None:
+                unseen_RL |= position_L < lens[:, None] - window
+            mask = torch.zeros(unseen_RL.shape, dtype=dtype, device=lens.device)
+            mask = mask.masked_fill_(unseen_RL, float("-inf"))[:, None, None]
+            if self.fixed:
+                self._masks[window, dtype] = mask
+        return mask
 
     def _num_new(self, row: int) -> int:
         return self.query_starts[row + 1] - self.query_starts[row]

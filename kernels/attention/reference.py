@@ -40,11 +40,12 @@ def paged_attention(
     window: a token sees itself and the ``window - 1`` before it. softcap: scores become
     softcap * tanh(scores / softcap) (Gemma 2). New keys must have been written before.
     """
+    if len(batch.decode_rows) == len(q_THD):
+        return _decode(q_THD, k_cache, v_cache, batch, scale, window, softcap)
     out_THD = torch.empty_like(q_THD)
     if batch.decode_rows:
-        index, lens, table = batch.decode_index
-        k, v = (_gather(cache, table, batch.block_size) for cache in (k_cache, v_cache))
-        out_THD[index] = _decode(q_THD[index], k, v, lens, scale, window, softcap)
+        index, _, _ = batch.decode_index
+        out_THD[index] = _decode(q_THD[index], k_cache, v_cache, batch, scale, window, softcap)
     for row in batch.prefill_rows:
         start, end = batch.query_starts[row], batch.query_starts[row + 1]
         context_len = batch.context_lens[row]
@@ -68,23 +69,21 @@ def _gather(cache: torch.Tensor, table_RB: torch.Tensor, block_size: int) -> tor
 
 def _decode(
     q_RHD: torch.Tensor,
-    k_RLGD: torch.Tensor,
-    v_RLGD: torch.Tensor,
-    lens_R: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: PagedBatch,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
     """One query per sequence; the query heads that share a key head are its 'queries'."""
     num_rows, num_heads, head_dim = q_RHD.shape
-    num_kv_heads = k_RLGD.shape[2]
-    q = q_RHD.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    k, v = k_RLGD.transpose(1, 2), v_RLGD.transpose(1, 2)
-    position_L = torch.arange(k_RLGD.shape[1], device=q.device)
-    mask_RL = position_L < lens_R[:, None]
-    if window is not None:
-        mask_RL &= position_L >= lens_R[:, None] - window
-    return _attend(q, k, v, mask_RL[:, None, None], scale, softcap).reshape(q_RHD.shape)
+    num_kv_heads = k_cache.shape[1]
+    q = q_RHD.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    _, _, table_RB = batch.decode_index
+    k, v = (_gather(c, table_RB, batch.block_size).transpose(1, 2) for c in (k_cache, v_cache))
+    mask = batch.decode_mask(window, q.dtype)
+    return _attend(q, k, v, mask, scale, softcap).reshape(q_RHD.shape)
 
 
 def _prefill(
@@ -103,9 +102,11 @@ def _prefill(
     v_HLD = v_LGD.transpose(0, 1).repeat_interleave(group, dim=0)[None]
     q_pos = torch.arange(context_len - num_new, context_len, device=q_SHD.device)[:, None]
     k_pos = torch.arange(context_len, device=q_SHD.device)[None]
-    mask_SL = k_pos <= q_pos
+    unseen_SL = k_pos > q_pos
     if window is not None:
-        mask_SL &= k_pos > q_pos - window
+        unseen_SL |= k_pos <= q_pos - window
+    mask_SL = torch.zeros(unseen_SL.shape, dtype=q_SHD.dtype, device=q_SHD.device)
+    mask_SL.masked_fill_(unseen_SL, float("-inf"))
     return _attend(q_HSD, k_HLD, v_HLD, mask_SL, scale, softcap)[0].transpose(0, 1)
 
 
@@ -117,10 +118,10 @@ def _attend(
     scale: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """softmax(q k^T) v over the last two dims; ``mask`` is True where a key is seen."""
+    """softmax(q k^T + mask) v over the last two dims; ``mask`` is 0 or -inf."""
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     scores = torch.matmul(q, k.transpose(-1, -2)) * scale
     scores = softcap * torch.tanh(scores / softcap)
-    probs = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+    probs = (scores + mask).softmax(dim=-1, dtype=torch.float32)
     return torch.matmul(probs.to(v.dtype), v)

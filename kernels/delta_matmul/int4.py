@@ -31,6 +31,7 @@ BLOCK_ROWS = 256
 of rows, which are stored one after the other."""
 COMPUTED_IN = torch.bfloat16
 _INNER_TILES = 1  # the CPU operator knows one layout only
+_multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
 
 class Stored(Protocol):
@@ -104,10 +105,10 @@ def packed_bytes(encs: Sequence[Stored]) -> int:
 
 def delta_matmul(y_TN: torch.Tensor, x_TK: torch.Tensor, enc: Encoded) -> None:
     """Add ``x @ delta^T`` to y in place."""
-    packed, scales = enc.tensors["packed"], enc.tensors["scales"]
-    size = enc.params["group_size"]
-    x_TK = x_TK.to(COMPUTED_IN)
-    y_TN.add_(torch.ops.aten._weight_int4pack_mm_for_cpu(x_TK, packed, size, scales))
+    tensors = enc.tensors
+    if x_TK.dtype != COMPUTED_IN:
+        x_TK = x_TK.to(COMPUTED_IN)
+    y_TN.add_(_multiply(x_TK, tensors["packed"], enc.params["group_size"], tensors["scales"]))
 
 
 def _group_size(encs: Sequence[Stored]) -> int | None:
