@@ -127,5 +127,10 @@ class DeviceTier:
             if version.attached
             and not version.pinned
             and version is not self._base
-            and now - version.ready_at >= self.limits.min_residency_s
+            and now - version.ready_at >= self._least_stay(version)
         ]
+
+    def _least_stay(self, version: DeltaVersion) -> float:
+        """In seconds: loads that were work must be worth it."""
+        limits = self.limits
+        return limits.min_residency_s if version.was_prepared else limits.min_attached_s

@@ -12,8 +12,9 @@ from deltaserve.errors import ConfigError
 class Limits:
     """Memory in bytes, times in seconds.
 
-    min_residency_s: what was loaded stays so long at least, against thrash. starvation_s: who
-    waited so long goes first. attach_s: what attaching may take of the time between two steps.
+    min_residency_s: what was loaded stays so long at least, against thrash; min_attached_s: what
+    only had to be attached, because its operands lay in host memory. starvation_s: who waited so
+    long goes first. attach_s: what attaching may take of the time between two steps.
     """
 
     device_bytes: int
@@ -21,6 +22,7 @@ class Limits:
     merge_bytes: int = 0
     merge_at_start: bool = False
     min_residency_s: float = 0.25
+    min_attached_s: float = 0.1
     starvation_s: float = 1.0
     attach_s: float = 0.002
 

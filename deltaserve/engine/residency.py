@@ -239,6 +239,7 @@ class Residency:
 
     def _load(self, version: DeltaVersion, at_hand: Operands | None) -> None:
         self.device.reserve(version, version.needs.device_bytes)
+        version.was_prepared = not at_hand
         if not at_hand:
             self._submit("load", version, self._preparer.load)
             return

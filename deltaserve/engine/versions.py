@@ -49,11 +49,11 @@ class DeltaVersion:
 
     bound: requests that came while it was current and have not ended. references: those of
     them that run. wished: to be loaded although no request waits, as a new version is.
-    asked: since when somebody waits for it. ready_at: a time of the clock. reserved: bytes of
-    the device that are its own, from the start of its loading on. frequency, priority: see
-    ``eviction``. image: what host memory has of it. savings: what merging it saves, once it has
-    been measured. merged: dense projections that took the place
-    of some operands.
+    asked: since when somebody waits for it. ready_at: a time of the clock. was_prepared: its load
+    was more than attaching what host memory had. reserved: bytes of the device that are its own,
+    from the start of its loading on. frequency, priority: see ``eviction``. image: what host memory
+    has of it. savings: what merging it saves, once it has been measured. merged: dense projections
+    that took the place of some operands.
     """
 
     name: str
@@ -73,6 +73,7 @@ class DeltaVersion:
     slot: int | None = None
     ready_at: float = 0.0
     load_seconds: float = 0.0
+    was_prepared: bool = True
     reserved: int = 0
     frequency: int = 0
     priority: float = 0.0

@@ -139,6 +139,30 @@ def test_in_one_memory_a_delta_comes_back_without_a_job() -> None:
     assert state(bench, evicted) is State.READY
 
 
+def test_what_only_had_to_be_attached_gives_way_sooner() -> None:
+    limits = Limits(40, 1000, attach_s=1.0)
+    bench = Bench(limits, parts=FakeParts(one_memory=True))
+    for name in ("a", "b"):
+        bench.residency.register(name, f"/{name}/40", load=False)
+    bench.request("a")
+    load(bench)
+    for name in ("b", "a"):  # the second time without work
+        for seq in list(bench.running):
+            bench.end(seq)
+        bench.clock.now += limits.min_residency_s
+        bench.request(name)
+        load(bench)
+        assert state(bench, name) is State.READY
+    for seq in list(bench.running):
+        bench.end(seq)
+    bench.request("b")
+    turn(bench, limits.min_attached_s / 2)
+    assert state(bench, "a") is State.READY
+    turn(bench, limits.min_attached_s / 2)
+    turn(bench, 0.001)
+    assert state(bench, "a") is State.REGISTERED
+
+
 def test_pins_leave_room_for_the_others() -> None:
     bench = make("a", "b", "c")
     bench.residency.pin("a", True)
