@@ -14,12 +14,18 @@ from typing import Protocol
 import aiohttp
 
 from deltaserve.bench.load.client import Asker, Client
-from deltaserve.bench.load.plan import Served, probe_sessions, resolve_models, sessions
+from deltaserve.bench.load.plan import (
+    Served,
+    check_inputs,
+    probe_sessions,
+    resolve_models,
+    sessions,
+)
 from deltaserve.bench.load.prompts import Renderer
 from deltaserve.bench.load.result import Measured
 from deltaserve.bench.load.runner import COMPLETE, INTERRUPTED, Run, Runner
 from deltaserve.bench.load.scrape import Scraper, Series
-from deltaserve.bench.load.target import calibrate, look, version, warm_up
+from deltaserve.bench.load.target import calibrate, check_key, look, version, warm_up
 from deltaserve.bench.load.workload import Tenant, Workload
 
 KEEPALIVE_SECONDS = 2.0
@@ -55,8 +61,13 @@ async def _measure(target: Target, workload: Workload, on_progress: Progress) ->
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
     timeout = aiohttp.ClientTimeout(total=workload.request_timeout)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
-        keys = {tenant.name: workload.api_key(tenant, target.key) for tenant in workload.tenants}
+        check_key(target.admin_key, "the metrics")
+        keys = {
+            tenant.name: check_key(workload.api_key(tenant, target.key), f"tenant {tenant.name!r}")
+            for tenant in workload.tenants
+        }
         served = await _look_with_every_key(http, target, keys)
+        check_inputs(workload, served)
         server = HttpServer(http, target, workload, keys)
         renderer = await server.prepare(served)
         return await LoadTest(server, workload, keys, served, renderer, on_progress).execute()
@@ -106,11 +117,14 @@ class HttpServer:
         self._http, self._target, self._workload, self._keys = http, target, workload, keys
         self._renderer = Renderer()
         self._models = 0
+        self._version: str | None = None
 
     async def prepare(self, served: Mapping[str, Sequence[Served]]) -> Renderer:
         """Every model asked once, so that nothing measured is somebody's first time. Returns
         what makes prompts of a wanted length for this server."""
         self._models = len({model.name for models in served.values() for model in models})
+        # Asked now: after the run it may be dead, and Ctrl-C would wait for it.
+        self._version = await version(self._http, self._target.url)
         asked = {
             model: self._keys[tenant.name]
             for tenant in reversed(self._workload.tenants)
@@ -134,7 +148,7 @@ class HttpServer:
     async def facts(self) -> dict[str, object]:
         return {
             "url": self._target.url,
-            "version": await version(self._http, self._target.url),
+            "version": self._version,
             "models": self._models,
             "tokens_per_word": self._renderer.tokens_per_word,
         }

@@ -13,6 +13,7 @@ from deltaserve.bench.load.execute import Target, measure
 from deltaserve.bench.load.target import TargetError
 from deltaserve.bench.load.text import render
 from deltaserve.bench.load.workload import make_workload
+from deltaserve.errors import ConfigError
 from tests.bench.fake_server import Behaviour
 from tests.bench.running import run, steady
 
@@ -112,6 +113,18 @@ def test_refusals_before_anything_is_measured():
         measure(Target("http://127.0.0.1:9"), make_workload({}), lambda name, run: None)
     with pytest.raises(TargetError, match=r"http 400: as told.*ignore_eos: false"):
         run(Behaviour(failure=lambda n, body, key: "400"), **steady(10, 1))
+
+
+def test_a_broken_file_of_the_last_tenant_is_found_before_anybody_is_asked(tmp_path):
+    (tmp_path / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\nnever,1,2\n")
+    trace = {"kind": "trace", "path": str(tmp_path / "t.csv")}
+    tenants = [{"name": "one", **steady(50, 3)}, {"name": "two", "arrivals": trace}]
+    behaviour = Behaviour()
+    with pytest.raises(ConfigError, match="line 2: TIMESTAMP is 'never'"):
+        run(behaviour, tenants=tenants, alone=True)
+    with pytest.raises(ConfigError, match=r"probes\.model: the server has no model 'zeta'"):
+        run(behaviour, **steady(50, 3), probes={"model": "zeta"})
+    assert behaviour.seen == []
 
 
 def test_thresholds_pass_and_fail():
