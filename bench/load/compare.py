@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from deltaserve.bench.load.result import read_result
+from deltaserve.bench.load.runner import COMPLETE
 from deltaserve.errors import ConfigError
 
 REPLICATES = 1000
@@ -97,6 +98,11 @@ def render(
         yield f"{label}: {side[0]['name']}, {len(side)} run(s), {failed} of {count} requests failed"
     if len({result["workload_digest"] for result in (*a, *b)}) > 1:
         yield "NOTE: the workloads differ; the ratios compare more than the servers."
+    if cut := [result for result in (*a, *b) if result["ended"] != COMPLETE]:
+        yield f"NOTE: {len(cut)} run(s) ended early: {cut[0]['ended']}; slow answers are missing."
+    if not rows:
+        yield "Nothing to compare: no number was measured on both sides."
+        return
     if len(a) == len(b) == 1:
         yield "NOTE: one run each; what differs from run to run is not in the intervals."
     yield f"{'':<16}{'A':>12}{'B':>12}{'B/A':>8}  {CONFIDENCE:.0%} interval"

@@ -179,16 +179,17 @@ class LoadTest:
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         alone: dict[str, Run] = {}
         together = Run()
+        only = ""
         for tenant in tenants if workload.alone and len(tenants) > 1 else ():
-            alone[tenant.name] = together = await self._run([tenant], f"{tenant.name} alone")
+            together = await self._run([tenant], f"{tenant.name} alone")
             if together.ended != COMPLETE:
+                only = tenant.name  # its records are all that there is
                 break
-        if together.ended == COMPLETE:
+            alone[tenant.name] = together
+        if not only:
             together = await self._run(tenants, workload.name)
-        else:  # all that there is; its records are of one tenant
-            alone.popitem()
         facts = await self._backend.facts()
-        return Measured(workload, together, facts, started, alone, self._series)
+        return Measured(workload, together, facts, started, alone, only, self._series)
 
     async def _run(self, tenants: Sequence[Tenant], name: str) -> Run:
         runner = Runner(
@@ -211,20 +212,26 @@ class LoadTest:
         follow = asyncio.ensure_future(scraper.follow(runner.clock, self._series))
         with _stopping(runner):
             run = await runner.execute(streams, probes)
-        follow.cancel()
-        await asyncio.gather(follow, return_exceptions=True)
-        await scraper.look(runner.clock, self._series)
+            follow.cancel()
+            await asyncio.gather(follow, return_exceptions=True)
+            # A server that hangs takes its time, in which Ctrl-C must not lose the run.
+            await scraper.look(runner.clock, self._series)
         return run
 
 
 @contextlib.contextmanager
 def _stopping(runner: Runner) -> Iterator[None]:
-    """The first signal stops the run and keeps what it has; a second ends the program."""
+    """The first signal stops the run and keeps what it has; a second does what it did before."""
     loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def as_before() -> None:
+        for number, handler in before.items():
+            if loop.remove_signal_handler(number):  # which leaves the system's own
+                signal.signal(number, handler)
 
     def stop() -> None:
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
+        as_before()
         runner.stop(INTERRUPTED)
 
     try:
@@ -235,5 +242,4 @@ def _stopping(runner: Runner) -> Iterator[None]:
     try:
         yield
     finally:
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
+        as_before()

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from deltaserve.bench.load.arrivals import Arrivals, AtOnce, Poisson, Trace
+from deltaserve.bench.load.arrivals import Arrivals, AtOnce, Closed, Poisson, Trace
 from deltaserve.bench.load.lengths import Fixed, Lengths, Prompts, ShareGpt
-from deltaserve.bench.load.popularity import Popularity, TraceModels, Uniform
+from deltaserve.bench.load.popularity import OnOffModels, Popularity, TraceModels, Uniform
 from deltaserve.bench.load.schema import build, did_you_mean, not_negative, positive
 from deltaserve.errors import ConfigError
 from deltaserve.yaml_file import read_yaml
@@ -98,6 +98,8 @@ class Tenant:
             raise ValueError("arrivals at_once need a number of requests")
         if isinstance(self.popularity, TraceModels) and not isinstance(self.arrivals, Trace):
             raise ValueError("popularity trace needs arrivals trace")
+        if isinstance(self.popularity, OnOffModels) and isinstance(self.arrivals, Closed):
+            raise ValueError("popularity on_off changes with time, which a closed loop leaves open")
         endless = self.requests is None and self.duration is None
         if endless and not isinstance(self.arrivals, Trace):
             object.__setattr__(self, "duration", DEFAULT_DURATION)
@@ -186,7 +188,9 @@ class Workload:
     def __post_init__(self) -> None:
         positive(max_time=self.max_time, max_requests=self.max_requests, give_up=self.give_up)
         positive(max_concurrency=self.max_concurrency, request_timeout=self.request_timeout)
-        positive(scrape=self.scrape)
+        positive(scrape=self.scrape, service_weights=sum(self.service_weights))
+        for price in self.service_weights:
+            not_negative(service_weights=price)
         not_negative(
             warmup=self.warmup, settle=self.settle, temperature=self.temperature, seed=self.seed
         )

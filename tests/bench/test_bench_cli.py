@@ -135,6 +135,22 @@ def test_sweep_resumes_and_compare_reads_its_points(server, write, tmp_path, cap
 def test_points_differ_in_seed_so_that_no_cache_helps():
     found = points({"seed": 5, "sweep": {"prompt": [3, 4]}})
     assert [point.workload.seed for point in found] == [5, 1005]
+    swept = points({"sweep": {"seed": [7, 8]}})
+    assert [(point.name, point.workload.seed) for point in swept] == [("seed=7", 7), ("seed=8", 8)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"sweep": {"arrivals.rate": ["fast"]}}, "point 0.*rate is 'fast', but must be a number"),
+        ({"sweep": {"arrivals.rate": [None]}}, "rate is None, but must be a number"),
+        ({"sweep": {5: [1]}}, "sweep point 0: unknown key '5'"),
+        ({"sweep": {"output": [1]}, "seed": "x"}, "seed is 'x', but must be a whole number"),
+    ],
+)
+def test_mistakes_of_a_sweep_are_named(content, message):
+    with pytest.raises(ConfigError, match=message):
+        points({"arrivals": {"kind": "poisson", "rate": 1}, **content})
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

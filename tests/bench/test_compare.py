@@ -42,6 +42,8 @@ def made_up(seed: int, count: int = 400, slower: float = 1.0, correlated: bool =
     return {
         "schema": SCHEMA,
         "name": f"run {seed}",
+        "ended": "complete",
+        "thresholds": [],
         "seconds": 61.0,
         "workload_digest": "same",
         "summary": {"failed": 0, "requests": count},
@@ -106,13 +108,26 @@ def test_sides_from_files_and_folders(tmp_path):
     assert "NOTE: one run each" in text
     assert "1.000" in text
     (tmp_path / "bad.json").write_text('{"schema": "other"}')
-    with pytest.raises(ConfigError, match="schema is 'other'"):
+    with pytest.raises(ConfigError, match=r"schema is 'other'.*: measure again"):
         read_side(tmp_path)
+    (tmp_path / "bad.json").write_text(json.dumps({"schema": SCHEMA, "name": "x"}))
+    with pytest.raises(ConfigError, match="ended is missing"):
+        read_side(tmp_path / "bad.json")
     with pytest.raises(ConfigError, match="No such file"):
         read_side(tmp_path / "none.json")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no results"):
         read_side(tmp_path / "empty")
+
+
+def test_what_was_cut_or_cannot_be_compared_is_said():
+    cut, nothing = made_up(1), made_up(2)
+    cut["ended"] = "interrupted"
+    nothing["requests"]["outcome"] = ["http"] * 400
+    said = "\n".join(render([cut], [nothing], compare([cut], [nothing])))
+    assert "NOTE: 1 run(s) ended early: interrupted" in said
+    assert "Nothing to compare" in said
+    assert "interval" not in said
 
 
 @given(st.lists(st.floats(0.001, 1e6), min_size=1, max_size=20))

@@ -88,6 +88,36 @@ def test_an_interrupt_keeps_what_was_measured():
     assert 3 <= result["summary"]["completed"] <= 15
 
 
+def test_an_interrupt_of_a_run_alone_keeps_those_before_and_says_whose_it_is():
+    asked: list[str] = []
+
+    def interrupt(number: int, body: dict[str, Any], key: str) -> None:
+        asked.append(body["model"])
+        if asked.count("beta") == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    tenants = [{"name": "one", "models": ["alpha"]}, {"name": "two", "models": ["beta"]}]
+    behaviour = Behaviour(gap=0.01, failure=interrupt)
+    result = run(behaviour, **steady(40, 20), tenants=tenants, alone=True, output=2)
+    assert (result["ended"], result["only"]) == ("interrupted", "two")
+    assert result["tenants"].keys() == {"two"}
+    assert result["slowdown"]["one"]["alone"]["completed"] == 20
+    assert result["slowdown"].keys() == {"one"}
+    assert "These numbers are of two alone; the run of all" in render(result)
+
+
+def test_signals_do_afterwards_what_they_did_before():
+    def before(number: int, frame: object) -> None: ...
+
+    system = {number: signal.signal(number, before) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        run(Behaviour(), **steady(50, 2), output=1)
+        assert all(signal.getsignal(number) is before for number in system)
+    finally:
+        for number, handler in system.items():
+            signal.signal(number, handler)
+
+
 def test_max_time_and_max_requests():
     result = run(Behaviour(gap=0.05), **steady(20, 2000), output=10, max_time=1.0)
     assert result["ended"] == "max time"

@@ -46,6 +46,13 @@ def test_a_tenants_keys_win_over_shared_ones():
         ({"models": []}, "models is empty"),
         ({"models": 1.5}, "models is 1.5, but must be all or deltas or a whole number or a list"),
         ({"popularity": "trace"}, "popularity trace needs arrivals trace"),
+        (
+            {"popularity": "on_off", "arrivals": {"kind": "closed", "concurrency": 2}},
+            "popularity on_off changes with time",
+        ),
+        ({"service_weights": [float("nan"), 1]}, "service_weights is nan"),
+        ({"service_weights": [-1, 2]}, "service_weights is -1"),
+        ({"service_weights": [0, 0]}, "service_weights is 0"),
         ({"popularity": {"kind": "on_off", "active": 2}}, "active is 2"),
         ({"cancel": {"fraction": 1.5, "after": 1}}, "fraction is 1.5"),
         ({"slo": {"ttft": "fast"}}, "slo.ttft is 'fast', but must be a number"),
