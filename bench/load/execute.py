@@ -62,10 +62,9 @@ async def _measure(target: Target, workload: Workload, on_progress: Progress) ->
     timeout = aiohttp.ClientTimeout(total=workload.request_timeout)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
         check_key(target.admin_key, "the metrics")
-        keys = {
-            tenant.name: check_key(workload.api_key(tenant, target.key), f"tenant {tenant.name!r}")
-            for tenant in workload.tenants
-        }
+        keys = workload.api_keys(target.key)
+        for name, key in keys.items():
+            check_key(key, f"tenant {name!r}")
         served = await _look_with_every_key(http, target, keys)
         check_inputs(workload, served)
         server = HttpServer(http, target, workload, keys)

@@ -74,11 +74,10 @@ def check_url(url: str, *, allow_remote: bool) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def check_key(key: str, who: str) -> str:
+def check_key(key: str, who: str) -> None:
     """Raises ConfigError: no header can carry it, as one that was read with its line end."""
     if not key.isprintable():
         raise ConfigError(f"the key of {who} holds a line end or another control character")
-    return key
 
 
 async def look(http: aiohttp.ClientSession, url: str, key: str, who: str) -> list[Served]:

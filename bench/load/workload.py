@@ -18,7 +18,7 @@ from typing import Any, Literal
 from deltaserve.bench.load.arrivals import Arrivals, AtOnce, Closed, Poisson, Trace
 from deltaserve.bench.load.lengths import Fixed, Lengths, Prompts, ShareGpt
 from deltaserve.bench.load.popularity import OnOffModels, Popularity, TraceModels, Uniform
-from deltaserve.bench.load.schema import build, did_you_mean, not_negative, positive
+from deltaserve.bench.load.schema import build, did_you_mean, not_negative, positive, repeated
 from deltaserve.errors import ConfigError
 from deltaserve.yaml_file import read_yaml
 
@@ -194,8 +194,7 @@ class Workload:
         not_negative(
             warmup=self.warmup, settle=self.settle, temperature=self.temperature, seed=self.seed
         )
-        names = [tenant.name for tenant in self.tenants]
-        if twice := next((name for name in names if names.count(name) > 1), None):
+        if twice := repeated(tenant.name for tenant in self.tenants):
             raise ValueError(f"two tenants are called {twice!r}")
         if self.token_ids is not None:
             self._check_token_ids(self.token_ids)
@@ -209,14 +208,15 @@ class Workload:
             if tenant.turns.count > 1 or isinstance(tenant.prompt, ShareGpt):
                 raise ValueError("token_ids do not go with turns or sharegpt, which are text")
 
-    def api_key(self, tenant: Tenant, default: str) -> str:
-        """Raises ConfigError: its variable is not set."""
-        if not tenant.api_key_env:
-            return default
-        variable = tenant.api_key_env.replace("{i}", str(self.tenants.index(tenant)))
-        if variable not in os.environ:
-            raise ConfigError(f"tenant {tenant.name!r}: the variable {variable} is not set")
-        return os.environ[variable]
+    def api_keys(self, default: str) -> dict[str, str]:
+        """Of each tenant, by its name. Raises ConfigError: its variable is not set."""
+        keys = {}
+        for number, tenant in enumerate(self.tenants):
+            variable = tenant.api_key_env.replace("{i}", str(number))
+            if variable and variable not in os.environ:
+                raise ConfigError(f"tenant {tenant.name!r}: the variable {variable} is not set")
+            keys[tenant.name] = os.environ[variable] if variable else default
+        return keys
 
     def as_dict(self) -> dict[str, Any]:
         """For the record; kinds included, keys never held."""

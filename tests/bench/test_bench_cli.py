@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from deltaserve.bench.load.output import LEAST_ROOM
 from deltaserve.bench.load.sweep import points
 from deltaserve.bench.load.target import check_url
 from deltaserve.bench.load.workload import make_workload, read_workload
@@ -256,15 +257,16 @@ def test_a_full_disk_leaves_no_part_of_a_file(server, write, tmp_path, capsys):
     out = tmp_path / "r.json"
     command = ["bench", "serve", write(requests=3, output=2), "--url", server.url]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        assert dispatch([*command, "--out", str(out)]) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    said = capsys.readouterr()
-    assert "Serving Benchmark Result" in said.out
-    assert f"{out} cannot be written: file too large" in said.err
-    assert list(tmp_path.iterdir()) == [tmp_path / "w.yaml"]
+    for room, ran in ((LEAST_ROOM - 1, False), (LEAST_ROOM + 1, True)):  # full at first, or later
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            assert dispatch([*command, "--out", str(out)]) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        said = capsys.readouterr()
+        assert ("Serving Benchmark Result" in said.out) == ran
+        assert f"{out} cannot be written: file too large" in said.err
+        assert list(tmp_path.iterdir()) == [tmp_path / "w.yaml"]
 
 
 def test_only_this_machine_unless_allowed():
