@@ -20,7 +20,10 @@ from deltaserve.bench.record import machine
 from deltaserve.errors import ConfigError
 
 SCHEMA = "deltaserve-bench/1"
-NEEDED = ("name", "ended", "seconds", "workload_digest", "summary", "requests", "thresholds")
+NEEDED = (
+    *("name", "ended", "seconds", "workload", "workload_digest"),
+    *("summary", "requests", "server", "thresholds"),
+)
 """Of a result, by those that read one."""
 SLOW_CLIENT_LAG = 0.05
 """A client whose timers fire this late in 1 % of the cases measures itself."""

@@ -66,7 +66,9 @@ def check_url(url: str, *, allow_remote: bool) -> str:
         raise ConfigError(f"unknown host {parts.hostname!r}: {error.strerror}") from error
     except UnicodeError as error:
         raise ConfigError(f"{url!r} is no address: no host is called so") from error
-    local = all(ipaddress.ip_address(each[4][0]).is_loopback for each in found)
+    addresses = [ipaddress.ip_address(each[4][0]) for each in found]
+    # 0.0.0.0, which servers print as theirs, is reached as loopback.
+    local = all(each.is_loopback or each.is_unspecified for each in addresses)
     if not local and not allow_remote:
         raise ConfigError(
             f"{parts.hostname} is another machine: say --allow-remote if its load is yours to make"

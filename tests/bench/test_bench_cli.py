@@ -271,6 +271,7 @@ def test_a_full_disk_leaves_no_part_of_a_file(server, write, tmp_path, capsys):
 
 def test_only_this_machine_unless_allowed():
     assert check_url("http://127.0.0.1:8000/v1/", allow_remote=False) == "http://127.0.0.1:8000"
+    assert check_url("http://0.0.0.0:8000", allow_remote=False) == "http://0.0.0.0:8000"
     assert check_url("http://192.0.2.1", allow_remote=True) == "http://192.0.2.1"
     with pytest.raises(ConfigError, match="another machine"):
         check_url("http://192.0.2.1", allow_remote=False)

@@ -44,6 +44,8 @@ def made_up(seed: int, count: int = 400, slower: float = 1.0, correlated: bool =
         "name": f"run {seed}",
         "ended": "complete",
         "thresholds": [],
+        "workload": {},
+        "server": {},
         "seconds": 61.0,
         "workload_digest": "same",
         "summary": {"failed": 0, "requests": count},
