@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import aiohttp
 from deltaserve.bench.load.client import Asker, Client
 from deltaserve.bench.load.plan import (
     Served,
+    Session,
     check_inputs,
     probe_sessions,
     resolve_models,
@@ -199,13 +201,13 @@ class LoadTest:
         )
         renderer = dataclasses.replace(self._renderer, salt=name)
         streams = {
-            tenant: sessions(tenant, self._workload, self._served[tenant.name], renderer)
+            tenant: _begun(sessions(tenant, self._workload, self._served[tenant.name], renderer))
             for tenant in tenants
         }
         probes = None
         if self._workload.probes is not None:
             first = self._workload.tenants[0].name
-            probes = probe_sessions(self._workload, self._served[first], renderer)
+            probes = _begun(probe_sessions(self._workload, self._served[first], renderer))
         self._series = Series()
         scraper = self._backend.scraper()
         follow = asyncio.ensure_future(scraper.follow(runner.clock, self._series))
@@ -216,6 +218,12 @@ class LoadTest:
             # A server that hangs takes its time, in which Ctrl-C must not lose the run.
             await scraper.look(runner.clock, self._series)
         return run
+
+
+def _begun(stream: Iterator[Session]) -> Iterator[Session]:
+    """The same stream. Its first session is made, and its files are read, before the clock runs:
+    the requests of all would wait meanwhile."""
+    return itertools.chain(list(itertools.islice(stream, 1)), stream)
 
 
 @contextlib.contextmanager

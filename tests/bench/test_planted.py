@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deltaserve.bench.load import arrivals
 from deltaserve.bench.load.execute import Target, measure
 from deltaserve.bench.load.result import document
 from deltaserve.bench.load.runner import Run
 from deltaserve.bench.load.text import render
+from deltaserve.bench.load.traces import Row
 from deltaserve.bench.load.workload import make_workload
 from tests.bench.fake_server import Behaviour, fake_server
 from tests.bench.running import run, steady
@@ -184,6 +187,23 @@ def test_the_last_request_allowed_ends_the_run():
     assert (result["ended"], result["summary"]["completed"]) == ("complete", 1)
     assert time.monotonic() - began < 8
     assert result["seconds"] < 1
+
+
+def test_files_are_read_before_the_clock_runs(tmp_path, monkeypatch):
+    rows = "".join(f"2023-11-16 18:17:03.{i}00000,4,2\n" for i in range(3))
+    (tmp_path / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
+    read = arrivals.read_trace
+
+    def slowly(path: Path) -> list[Row]:
+        time.sleep(0.6)
+        return read(path)
+
+    monkeypatch.setattr(arrivals, "read_trace", slowly)
+    trace = {"name": "one", "arrivals": {"kind": "trace", "path": str(tmp_path / "t.csv")}}
+    other = {"name": "two"} | steady(20, 5) | {"output": 2}
+    found = run(Behaviour(), tenants=[trace, other])["summary"]
+    assert found["completed"] == 8
+    assert found["lateness"]["max"] < 0.4
 
 
 def test_a_client_that_stood_still_says_so():
