@@ -2,11 +2,13 @@
 
 An OpenAI-compatible server streams server-sent events; servers differ in nearly everything else:
 line ends, comments between the events, blanks after the colon, parts that hold only usage or no
-error (``"error": null``), no usage at all, or one JSON document instead of a stream.
+error (``"error": null``) or an empty ``finish_reason``, no usage at all, or one JSON document
+instead of a stream.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import re
@@ -14,7 +16,11 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from deltaserve.bench.load.reading import parse_json
+
 MESSAGE_LENGTH = 300
+MOST_TOKENS = 1 << 40
+"""Of one answer; a count of more is none."""
 TAG = re.compile(r"<(style|script)\b.*?</\1>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 
 
@@ -64,7 +70,7 @@ class Answer:
             if text := _text(choice):
                 self.texts.append(text)
                 self.token_times.append(now)
-            self.complete |= choice.get("finish_reason") is not None
+            self.complete |= bool(choice.get("finish_reason"))
 
 
 async def follow(blocks: AsyncIterator[bytes], answer: Answer, clock: Callable[[], float]) -> None:
@@ -77,13 +83,14 @@ async def follow(blocks: AsyncIterator[bytes], answer: Answer, clock: Callable[[
     lines = _lines(blocks)
     pending = b""
     async for line in lines:
-        if line.startswith(b"{"):  # no event begins like this: a document
+        line = line.removeprefix(codecs.BOM_UTF8)  # only the first has one
+        if line.lstrip().startswith(b"{"):  # no event begins like this: a document
             rest = [each async for each in lines]
-            answer.take(json.loads(b"\n".join([line, *rest])), clock())
+            answer.take(parse_json(b"\n".join([line, *rest])), clock())
             return
         if not line.strip():
             if pending:
-                json.loads(pending)  # says what is wrong with it
+                parse_json(pending)  # says what is wrong with it
             continue
         name, _, data = line.partition(b":")
         if name != b"data" or not data.strip():
@@ -94,7 +101,7 @@ async def follow(blocks: AsyncIterator[bytes], answer: Answer, clock: Callable[[
         pending += data
         # Each line is tried, not each event: some servers leave out the line between events.
         try:
-            part = json.loads(pending)
+            part = parse_json(pending)
         except json.JSONDecodeError:
             continue
         pending = b""
@@ -115,12 +122,13 @@ def error_message(body: bytes) -> str:
     """What a refusal says, in one line."""
     text = body.decode("utf-8", "replace")
     with contextlib.suppress(ValueError, AttributeError):
-        text = complaint(json.loads(text)) or text
+        text = complaint(parse_json(text)) or text
     return one_line(TAG.sub(" ", text) if text.lstrip().startswith("<") else text)
 
 
 def one_line(text: str) -> str:
-    return " ".join(text.split())[:MESSAGE_LENGTH]
+    """Without what a terminal would take for a command."""
+    return "".join(filter(str.isprintable, " ".join(text.split())))[:MESSAGE_LENGTH]
 
 
 async def _lines(blocks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -137,7 +145,7 @@ async def _lines(blocks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else None
+    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
 
 
 def _text(choice: dict[str, Any]) -> str:

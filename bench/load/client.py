@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import aiohttp
+from aiohttp.http_exceptions import ContentEncodingError
 
 from deltaserve.bench.load.answer import Answer, StreamError, error_message, follow, one_line
 from deltaserve.bench.load.records import Outcome, Record
@@ -97,12 +98,15 @@ class Client:
         status = None
         try:
             async with self.http.post(
-                f"{self.url}/v1{chat}/completions", json=body, headers=authorization(key)
+                f"{self.url}/v1{chat}/completions",
+                json=body,
+                headers=authorization(key),
+                allow_redirects=False,  # not to a machine that nobody allowed to be loaded
             ) as response:
                 status = response.status
                 if status != 200:
                     answer.retry_after = _seconds(response.headers.get("retry-after", ""))
-                    message = error_message(await response.read())
+                    message = error_message(await response.read()) or redirection(response)
                     if status >= 500:
                         response.close()  # or the next request meets a closing connection
                     return status, message, Outcome.HTTP
@@ -117,8 +121,12 @@ class Client:
             return status, f"no end after {seconds:g} s", Outcome.TIMEOUT
         except (aiohttp.ClientConnectorError, ConnectionRefusedError) as error:
             return status, connection_failure(error), Outcome.CONNECT
-        except aiohttp.ClientPayloadError:
+        except aiohttp.ClientPayloadError as error:
+            if isinstance(error.__cause__, ContentEncodingError):
+                return status, f"not a completion: {error.__cause__.message}", Outcome.MALFORMED
             return status, "the connection closed within the answer", Outcome.DISCONNECTED
+        except aiohttp.ClientResponseError as error:  # no HTTP, or an encoding nobody knows
+            return status, f"not a completion: {error.message}", Outcome.MALFORMED
         except (aiohttp.ClientError, ConnectionError) as error:
             return status, str(error) or type(error).__name__, Outcome.DISCONNECTED
         if not answer.parts and (answer.complete or kind != "text/event-stream"):
@@ -142,6 +150,12 @@ class Client:
 
 def authorization(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def redirection(response: aiohttp.ClientResponse) -> str:
+    """Where the server sends its client instead; empty where it does not."""
+    place = response.headers.get("location", "")
+    return f"the server redirects to {place}" if place else ""
 
 
 def connection_failure(error: Exception) -> str:

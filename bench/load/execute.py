@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,19 @@ from typing import Protocol
 import aiohttp
 
 from deltaserve.bench.load.client import Asker, Client
-from deltaserve.bench.load.plan import Served, probe_sessions, resolve_models, sessions
+from deltaserve.bench.load.plan import (
+    Served,
+    Session,
+    check_inputs,
+    probe_sessions,
+    resolve_models,
+    sessions,
+)
 from deltaserve.bench.load.prompts import Renderer
 from deltaserve.bench.load.result import Measured
 from deltaserve.bench.load.runner import COMPLETE, INTERRUPTED, Run, Runner
 from deltaserve.bench.load.scrape import Scraper, Series
-from deltaserve.bench.load.target import calibrate, look, version, warm_up
+from deltaserve.bench.load.target import calibrate, check_key, look, version, warm_up
 from deltaserve.bench.load.workload import Tenant, Workload
 
 KEEPALIVE_SECONDS = 2.0
@@ -55,8 +63,12 @@ async def _measure(target: Target, workload: Workload, on_progress: Progress) ->
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
     timeout = aiohttp.ClientTimeout(total=workload.request_timeout)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
-        keys = {tenant.name: workload.api_key(tenant, target.key) for tenant in workload.tenants}
+        check_key(target.admin_key, "the metrics")
+        keys = workload.api_keys(target.key)
+        for name, key in keys.items():
+            check_key(key, f"tenant {name!r}")
         served = await _look_with_every_key(http, target, keys)
+        check_inputs(workload, served)
         server = HttpServer(http, target, workload, keys)
         renderer = await server.prepare(served)
         return await LoadTest(server, workload, keys, served, renderer, on_progress).execute()
@@ -106,11 +118,14 @@ class HttpServer:
         self._http, self._target, self._workload, self._keys = http, target, workload, keys
         self._renderer = Renderer()
         self._models = 0
+        self._version: str | None = None
 
     async def prepare(self, served: Mapping[str, Sequence[Served]]) -> Renderer:
         """Every model asked once, so that nothing measured is somebody's first time. Returns
         what makes prompts of a wanted length for this server."""
         self._models = len({model.name for models in served.values() for model in models})
+        # Asked now: after the run it may be dead, and Ctrl-C would wait for it.
+        self._version = await version(self._http, self._target.url)
         asked = {
             model: self._keys[tenant.name]
             for tenant in reversed(self._workload.tenants)
@@ -134,7 +149,7 @@ class HttpServer:
     async def facts(self) -> dict[str, object]:
         return {
             "url": self._target.url,
-            "version": await version(self._http, self._target.url),
+            "version": self._version,
             "models": self._models,
             "tokens_per_word": self._renderer.tokens_per_word,
         }
@@ -165,16 +180,17 @@ class LoadTest:
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         alone: dict[str, Run] = {}
         together = Run()
+        only = ""
         for tenant in tenants if workload.alone and len(tenants) > 1 else ():
-            alone[tenant.name] = together = await self._run([tenant], f"{tenant.name} alone")
+            together = await self._run([tenant], f"{tenant.name} alone")
             if together.ended != COMPLETE:
+                only = tenant.name  # its records are all that there is
                 break
-        if together.ended == COMPLETE:
+            alone[tenant.name] = together
+        if not only:
             together = await self._run(tenants, workload.name)
-        else:  # all that there is; its records are of one tenant
-            alone.popitem()
         facts = await self._backend.facts()
-        return Measured(workload, together, facts, started, alone, self._series)
+        return Measured(workload, together, facts, started, alone, only, self._series)
 
     async def _run(self, tenants: Sequence[Tenant], name: str) -> Run:
         runner = Runner(
@@ -185,32 +201,44 @@ class LoadTest:
         )
         renderer = dataclasses.replace(self._renderer, salt=name)
         streams = {
-            tenant: sessions(tenant, self._workload, self._served[tenant.name], renderer)
+            tenant: _begun(sessions(tenant, self._workload, self._served[tenant.name], renderer))
             for tenant in tenants
         }
         probes = None
         if self._workload.probes is not None:
             first = self._workload.tenants[0].name
-            probes = probe_sessions(self._workload, self._served[first], renderer)
+            probes = _begun(probe_sessions(self._workload, self._served[first], renderer))
         self._series = Series()
         scraper = self._backend.scraper()
         follow = asyncio.ensure_future(scraper.follow(runner.clock, self._series))
         with _stopping(runner):
             run = await runner.execute(streams, probes)
-        follow.cancel()
-        await asyncio.gather(follow, return_exceptions=True)
-        await scraper.look(runner.clock, self._series)
+            follow.cancel()
+            await asyncio.gather(follow, return_exceptions=True)
+            # A server that hangs takes its time, in which Ctrl-C must not lose the run.
+            await scraper.look(runner.clock, self._series)
         return run
+
+
+def _begun(stream: Iterator[Session]) -> Iterator[Session]:
+    """The same stream. Its first session is made, and its files are read, before the clock runs:
+    the requests of all would wait meanwhile."""
+    return itertools.chain(list(itertools.islice(stream, 1)), stream)
 
 
 @contextlib.contextmanager
 def _stopping(runner: Runner) -> Iterator[None]:
-    """The first signal stops the run and keeps what it has; a second ends the program."""
+    """The first signal stops the run and keeps what it has; a second does what it did before."""
     loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def as_before() -> None:
+        for number, handler in before.items():
+            if loop.remove_signal_handler(number):  # which leaves the system's own
+                signal.signal(number, handler)
 
     def stop() -> None:
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
+        as_before()
         runner.stop(INTERRUPTED)
 
     try:
@@ -221,5 +249,4 @@ def _stopping(runner: Runner) -> Iterator[None]:
     try:
         yield
     finally:
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
+        as_before()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TextIO
+from typing import ClassVar
 
 import numpy as np
 
+from deltaserve.bench.load.reading import count_of, csv_lines, read_json, read_text
 from deltaserve.bench.load.schema import positive
 from deltaserve.errors import ConfigError
 
@@ -49,7 +48,7 @@ class Lognormal:
             raise ValueError(f"max is {self.max}, less than min, which is {self.min}")
 
     def draws(self, rng: np.random.Generator) -> Iterator[int]:
-        sigma = math.sqrt(math.log1p(self.cv**2))
+        sigma = math.sqrt(2 * math.log(math.hypot(1.0, self.cv)))
         mu = math.log(self.mean) - sigma**2 / 2
         while True:
             yield min(self.max, max(self.min, round(rng.lognormal(mu, sigma))))
@@ -91,28 +90,21 @@ Prompts = Fixed | Lognormal | Data | ShareGpt
 def read_column(path: Path, column: str) -> list[int]:
     """Raises ConfigError: unreadable, no such column, or a value that is not a positive number."""
     values = []
-    with _opened(path) as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        for line in reader:
-            try:
-                values.append(int(line[column]))
-                positive(**{column: values[-1]})
-            except KeyError:
-                columns = ", ".join(map(str, reader.fieldnames or ()))
-                raise ConfigError(f"{path}: no column {column!r}; it has {columns}") from None
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"{path}, line {reader.line_num}: {error}") from error
+    for number, line in csv_lines(path, read_text(path)):
+        try:
+            values.append(count_of(line, column, 1))
+        except KeyError:
+            columns = ", ".join(map(str, line))
+            raise ConfigError(f"{path}: no column {column!r}; it has {columns}") from None
+        except ValueError as error:
+            raise ConfigError(f"{path}, line {number}: {error}") from error
     if not values:
         raise ConfigError(f"{path}: holds no lengths")
     return values
 
 
 def read_sharegpt(path: Path) -> list[tuple[str, int]]:
-    with _opened(path) as file:
-        try:
-            content = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
+    content = read_json(path)
     pairs = [pair for each in content for pair in _first_pair(each)] if _is_list(content) else []
     if not pairs:
         raise ConfigError(
@@ -133,10 +125,3 @@ def _first_pair(conversation: dict) -> Iterator[tuple[str, int]]:
 
 def _is_list(content: object) -> bool:
     return isinstance(content, list) and all(isinstance(each, dict) for each in content)
-
-
-def _opened(path: Path) -> TextIO:
-    try:
-        return path.open(encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error

@@ -13,6 +13,8 @@ from typing import Any
 from deltaserve.errors import ConfigError
 
 PAGE = ".html"
+LEAST_ROOM = 4096
+"""Bytes; a disk without them is full already."""
 
 
 def check_result(path: Path) -> None:
@@ -35,8 +37,10 @@ def check_file(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Tried, not asked for: permissions are not all that can be wrong.
         partial = _partial(path)
-        partial.touch()
-        partial.unlink()
+        try:
+            partial.write_bytes(b" " * LEAST_ROOM)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise _not_written(path, error) from error
 

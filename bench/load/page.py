@@ -177,14 +177,15 @@ def _timeline(result: Mapping[str, Any]) -> str:
     count = len(requests["scheduled"])
     rows = np.linspace(0, count - 1, min(count, MOST_ROWS)).round().astype(int).tolist()
     tenants = list(result["tenants"])
+    paints = {name: colour(index) for index, name in enumerate(tenants)}
     chart = Chart(
         (0, result["seconds"]), (0, len(rows)), "seconds", "request", height=120 + len(rows)
     )
     for row, i in enumerate(rows):
         failed = bool(requests["error"][i])
-        paint = BAD if failed else colour(tenants.index(requests["tenant"][i]))
-        if requests["probe"][i]:
-            paint = BAD if failed else "var(--dim)"
+        # A probe's tenant may have sent nothing itself.
+        paint = "var(--dim)" if requests["probe"][i] else paints[requests["tenant"][i]]
+        paint = BAD if failed else paint
         first, end = min(requests["first"][i], requests["finished"][i]), requests["finished"][i]
         chart.bar(requests["scheduled"][i], first, row, paint, faint=True)
         chart.bar(first, end, row, paint)
@@ -225,6 +226,7 @@ def _throughput_against_latency(result: Mapping[str, Any]) -> str:
     """A dot for each window of the run."""
     requests, seconds = result["requests"], result["seconds"]
     ok = np.array([each == "ok" for each in requests["outcome"]])
+    ok &= ~np.array(requests["probe"], dtype=bool)
     if not ok.any():
         return "<p>No request was answered.</p>"
     finished = np.array(requests["finished"])[ok]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +89,16 @@ def probe_sessions(
     for row in Constant(probes.rate).rows(np.random.default_rng(0)):
         prompt = renderer.prompt([(f"probe {row.time}", probes.prompt)])
         yield Session(first.name, model, row.time, (Turn(prompt, probes.output),), probe=True)
+
+
+def check_inputs(workload: Workload, served: Mapping[str, Sequence[Served]]) -> None:
+    """Make the first request of each tenant, and the first probe, so that what is wrong with a
+    file or a name is found before anybody is asked. served: of each tenant. Raises ConfigError."""
+    renderer = Renderer(token_ids=workload.token_ids)
+    for tenant in workload.tenants:
+        next(sessions(tenant, workload, served[tenant.name], renderer), None)
+    if workload.probes is not None:
+        next(probe_sessions(workload, served[workload.tenants[0].name], renderer))
 
 
 def resolve_models(tenant: Tenant, served: Sequence[Served]) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from deltaserve import __version__
 from deltaserve.bench.load import scrape
 from deltaserve.bench.load.fairness import fairness, slowdown
+from deltaserve.bench.load.reading import read_json
 from deltaserve.bench.load.records import Record
 from deltaserve.bench.load.runner import Run
 from deltaserve.bench.load.summary import by, distribution, summarise
@@ -20,8 +20,15 @@ from deltaserve.bench.record import machine
 from deltaserve.errors import ConfigError
 
 SCHEMA = "deltaserve-bench/1"
+NEEDED = (
+    *("name", "ended", "seconds", "workload", "workload_digest"),
+    *("summary", "requests", "server", "thresholds"),
+)
+"""Of a result, by those that read one."""
 SLOW_CLIENT_LAG = 0.05
 """A client whose timers fire this late in 1 % of the cases measures itself."""
+STOOD_STILL = 1.0
+"""Seconds that a timer is late only where the client was paused, or its machine slept."""
 
 
 @dataclass
@@ -33,6 +40,8 @@ class Measured:
     target: dict[str, Any]
     started: str
     alone: dict[str, Run] = field(default_factory=dict)
+    only: str = ""
+    """The tenant whose run alone was cut, which is ``run`` then: the one of all never began."""
     series: scrape.Series = field(default_factory=scrape.Series)
 
 
@@ -53,6 +62,7 @@ def document(measured: Measured, *, detailed: bool = False) -> dict[str, Any]:
         "name": workload.name,
         "started": measured.started,
         "ended": run.ended,
+        "only": measured.only,
         "seconds": seconds,
         "environment": environment(),
         "target": measured.target,
@@ -113,14 +123,14 @@ def find(result: Any, path: str) -> Any:
 
 def read_result(path: Path) -> dict[str, Any]:
     """Raises ConfigError: unreadable, or not a result of this schema."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not JSON"
-        raise ConfigError(f"{path}: {reason}") from error
+    content = read_json(path)
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
-        raise ConfigError(f"{path}: its schema is {schema!r}, not {SCHEMA!r}")
+        raise ConfigError(
+            f"{path}: its schema is {schema!r}, not {SCHEMA!r}: measure again with this version"
+        )
+    if missing := [name for name in NEEDED if name not in content]:
+        raise ConfigError(f"{path}: {missing[0]} is missing, so it is no whole result")
     return content
 
 
@@ -129,18 +139,21 @@ def _slowdowns(measured: Measured, tenants: Mapping[str, Any]) -> dict[str, Any]
     for name, run in measured.alone.items():
         load = [record for record in run.records if not record.probe]
         alone = summarise(load, measured.workload.slo, run.seconds)
-        if name in tenants:
-            found[name] = slowdown(tenants[name], alone) | {"alone": alone}
+        beside = {} if measured.only else tenants.get(name, {})
+        found[name] = (slowdown(beside, alone) if beside else {}) | {"alone": alone}
     return found
 
 
 def _client(run: Run) -> dict[str, Any]:
-    """How the client itself fared. slow: its numbers are about itself, not the server."""
+    """How the client itself fared. slow: its numbers are about itself, not the server;
+    stood_still: the most seconds for which it did not run, 0 where it always did."""
     lag = distribution(run.lags)
+    longest = lag["max"] if lag is not None else 0.0
     return {
         "lag": lag,
         "cpu_share": run.cpu_seconds / run.seconds if run.seconds else 0.0,
         "slow": lag is not None and lag["p99"] > SLOW_CLIENT_LAG,
+        "stood_still": longest if longest > STOOD_STILL else 0.0,
     }
 
 

@@ -28,8 +28,8 @@ INTERRUPTED, SERVER_DIED = "interrupted", "server died"
 
 @dataclass
 class Run:
-    """What a run has measured so far. seconds: since its start; lags: how late a timer of the
-    client fired, every 50 ms; cpu_seconds: of the client."""
+    """What a run has measured so far. seconds: since its start, of a complete one to its last
+    answer; lags: how late a timer of the client fired, every 50 ms; cpu_seconds: of the client."""
 
     records: list[Record] = field(default_factory=list)
     lags: list[float] = field(default_factory=list)
@@ -91,7 +91,7 @@ class Runner:
         if probes is not None:
             beside.append(asyncio.ensure_future(self._feed(probes)))
         await self._until_over(feeders)
-        self.run.seconds = self.clock()
+        self.run.seconds = self._end_of_load()
         await _end([*feeders, *beside])
         await _end(self._tasks)  # their records say that they were cut
         if self._error is not None:
@@ -99,6 +99,13 @@ class Runner:
         self.run.cpu_seconds = time.process_time() - cpu
         self._on_progress(self.run)
         return self.run
+
+    def _end_of_load(self) -> float:
+        """Now, or at the last answer where nothing else was to come: what a user of a closed loop
+        thinks after it, or whether the server still listens, is no part of the measured time."""
+        if self.run.ended == COMPLETE:
+            return max((r.finished for r in self.run.records if not r.probe), default=self.clock())
+        return self.clock()
 
     async def _until_over(self, feeders: list[asyncio.Future[None]]) -> None:
         over = asyncio.ensure_future(self._finish(feeders))
@@ -132,6 +139,8 @@ class Runner:
     async def _feed(self, sessions: Iterator[Session]) -> None:
         """An open loop: each session is made while the one before it is on its way."""
         for session in sessions:
+            if not self._has_room(session):
+                return
             await self._until(session.time)
             if not self._claim(session):
                 return
@@ -144,20 +153,26 @@ class Runner:
         """One user of a closed loop; all users of a tenant share its sessions."""
         await self._until(begin)
         end = tenant.start + (tenant.duration or float("inf"))
+        pause = 0.0
         for session in sessions:
-            if self.clock() >= end or not self._claim(session):
+            if self.clock() + pause >= end or not self._has_room(session):
+                return
+            await asyncio.sleep(pause)
+            if not self._claim(session):
                 return
             good = await self._converse(dataclasses.replace(session, time=self.clock()))
-            await asyncio.sleep(loop.think if good else max(loop.think, RETRY_SECONDS))
+            pause = loop.think if good else max(loop.think, RETRY_SECONDS)
+
+    def _has_room(self, session: Session) -> bool:
+        """Whether ``max_requests`` lets it be sent."""
+        limit = self._workload.max_requests
+        return session.probe or limit is None or self._claimed + len(session.turns) <= limit
 
     def _claim(self, session: Session) -> bool:
-        """Whether there is room for it under ``max_requests``."""
-        if session.probe:
-            return True
-        limit = self._workload.max_requests
-        if limit is not None and self._claimed + len(session.turns) > limit:
+        """Take the room for it, if there still is any."""
+        if not self._has_room(session):
             return False
-        self._claimed += len(session.turns)
+        self._claimed += 0 if session.probe else len(session.turns)
         return True
 
     async def _converse(self, session: Session) -> bool:

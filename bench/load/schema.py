@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from deltaserve.errors import ConfigError
@@ -84,6 +85,11 @@ def not_negative(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"{name} is {value:g}, but must be 0 or more")
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first that is there twice."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _convert_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:

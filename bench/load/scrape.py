@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +14,7 @@ from typing import Any
 import aiohttp
 
 from deltaserve.bench.load.client import authorization
+from deltaserve.bench.load.reading import parse_json
 
 SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)")
 LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -23,6 +22,8 @@ KEPT_LABELS = ("tier", "state", "reason")
 """Few values each; all other labels are summed over, or there would be a series per tenant."""
 TIMEOUT = 5.0
 MOST_SERIES = 400
+MOST = 1e30
+"""What is larger, or no number, tells nothing, and its sums are infinite."""
 
 RSS, FDS = "process_resident_memory_bytes", "process_open_fds"
 """prometheus_client's names; the same are used for what /proc tells of a process of ours."""
@@ -66,8 +67,8 @@ class Scraper:
         now = clock()
         metrics, stats = await asyncio.gather(self._get("/metrics"), self._get("/v1/stats"))
         values = parse_prometheus(metrics) if metrics else {}
-        with contextlib.suppress(json.JSONDecodeError):
-            values |= dict(flatten("stats", json.loads(stats))) if stats else {}
+        with contextlib.suppress(ValueError):
+            values |= dict(flatten("stats", parse_json(stats))) if stats else {}
         if self.pid is not None:
             values |= process_usage(self.pid)
         if values:
@@ -79,9 +80,11 @@ class Scraper:
             async with self.http.get(
                 self.url + path,
                 headers=authorization(self.key),
+                allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(TIMEOUT),
             ) as response:
-                return await response.text() if response.status == 200 else None
+                found = await response.text(errors="replace")
+                return found if response.status == 200 else None
         return None
 
 
@@ -98,7 +101,7 @@ def parse_prometheus(text: str) -> dict[str, float]:
             value = float(number)
         except ValueError:
             continue
-        if not math.isfinite(value):
+        if not abs(value) <= MOST:
             continue
         values[name] = values.get(name, 0.0) + value
         for label, text_value in LABEL.findall(labels or ""):
@@ -174,7 +177,8 @@ def flatten(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
     """Numbers of nested mappings; what is counted per tenant or model is left out."""
     for key, each in value.items() if isinstance(value, dict) else ():
         if isinstance(each, int | float):
-            yield f"{prefix}.{key}", float(each)
+            if abs(each) <= MOST:
+                yield f"{prefix}.{key}", float(each)
         elif isinstance(each, dict) and not any(isinstance(v, dict) for v in each.values()):
             yield from flatten(f"{prefix}.{key}", each)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from deltaserve.bench.load.page import page, table
 from deltaserve.bench.load.result import read_result
+from deltaserve.bench.load.schema import convert
 from deltaserve.bench.load.svg import Chart, colour, span
 from deltaserve.bench.load.workload import Workload, make_workload, with_settings
 from deltaserve.errors import ConfigError
@@ -65,16 +66,23 @@ def points(content: Mapping[str, Any], *, rate_scale: float = 1.0) -> list[Point
     if wrong := [key for key, values in axes.items() if not isinstance(values, list) or not values]:
         raise ConfigError(f"sweep.{wrong[0]} must be a list of values")
     rest = {key: value for key, value in content.items() if key != "sweep"}
-    seed = rest.get("seed", 0)
+    seed = convert(int, rest.get("seed", 0), "seed")
     found = []
     for number, values in enumerate(itertools.product(*axes.values())):
         settings = tuple(
-            (key, value * rate_scale if key.endswith("rate") else value)
-            for key, value in zip(axes, values, strict=True)
+            (key, _scaled(key, value, rate_scale))
+            for key, value in zip(map(str, axes), values, strict=True)
         )
-        changed = with_settings(rest, [*settings, ("seed", seed + 1000 * number)])
+        # First, so that a swept seed is the one that is used.
+        changed = with_settings(rest, [("seed", seed + 1000 * number), *settings])
         found.append(Point(number, settings, make_workload(changed, f"sweep point {number}")))
     return found
+
+
+def _scaled(key: str, value: Any, rate_scale: float) -> Any:
+    """What is no number is left to the workload to refuse."""
+    rate = key.endswith("rate") and type(value) in (int, float)
+    return value * rate_scale if rate else value
 
 
 def done(point: Point, folder: Path) -> dict[str, Any] | None:

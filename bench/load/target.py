@@ -8,13 +8,21 @@ import ipaddress
 import socket
 import urllib.parse
 from collections.abc import Sequence
+from typing import Any
 
 import aiohttp
 
-from deltaserve.bench.load.answer import error_message
-from deltaserve.bench.load.client import Client, Prompt, authorization, connection_failure
+from deltaserve.bench.load.answer import error_message, one_line
+from deltaserve.bench.load.client import (
+    Client,
+    Prompt,
+    authorization,
+    connection_failure,
+    redirection,
+)
 from deltaserve.bench.load.plan import Served
 from deltaserve.bench.load.prompts import Renderer
+from deltaserve.bench.load.reading import parse_json
 from deltaserve.bench.load.records import Outcome, Record
 from deltaserve.bench.load.workload import Workload
 from deltaserve.errors import ConfigError, DeltaServeError
@@ -43,19 +51,35 @@ def check_url(url: str, *, allow_remote: bool) -> str:
         ConfigError: not an address, or not of this machine and ``allow_remote`` is not set: a
             load test of somebody else's server is an attack.
     """
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{url!r} is no address: {error}") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"{url!r} is no address: give something like http://127.0.0.1:8000")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ConfigError("--url takes an address without user, ? and #; --api-key takes a key")
     try:
         found = socket.getaddrinfo(parts.hostname, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ConfigError(f"unknown host {parts.hostname!r}: {error.strerror}") from error
-    local = all(ipaddress.ip_address(each[4][0]).is_loopback for each in found)
+    except UnicodeError as error:
+        raise ConfigError(f"{url!r} is no address: no host is called so") from error
+    addresses = [ipaddress.ip_address(each[4][0]) for each in found]
+    # 0.0.0.0, which servers print as theirs, is reached as loopback.
+    local = all(each.is_loopback or each.is_unspecified for each in addresses)
     if not local and not allow_remote:
         raise ConfigError(
             f"{parts.hostname} is another machine: say --allow-remote if its load is yours to make"
         )
     return url.rstrip("/").removesuffix("/v1")
+
+
+def check_key(key: str, who: str) -> None:
+    """Raises ConfigError: no header can carry it, as one that was read with its line end."""
+    if not key.isprintable():
+        raise ConfigError(f"the key of {who} holds a line end or another control character")
 
 
 async def look(http: aiohttp.ClientSession, url: str, key: str, who: str) -> list[Served]:
@@ -64,33 +88,47 @@ async def look(http: aiohttp.ClientSession, url: str, key: str, who: str) -> lis
     timeout = aiohttp.ClientTimeout(LOOK_SECONDS)
     try:
         async with http.get(
-            f"{url}/v1/models", headers=authorization(key), timeout=timeout
+            f"{url}/v1/models",
+            headers=authorization(key),
+            timeout=timeout,
+            allow_redirects=False,
         ) as response:
             if response.status in (401, 403):
                 said = error_message(await response.read())
                 raise TargetError(f"{url} refuses the key of {who}: {said}")
+            if place := redirection(response):
+                raise TargetError(f"{place}: give that address, if it is meant")
             if response.status != 200:
                 response.close()  # a server that failed may be about to close it too
                 return []
-            models = (await response.json(content_type=None))["data"]
-            return [Served(model["id"], model.get("parent")) for model in models]
+            models = parse_json(await response.read())["data"]
+            return [Served(_name(model), model.get("parent")) for model in models]
     except TimeoutError as error:
         raise TargetError(f"no server answers at {url}: silent for {LOOK_SECONDS:g} s") from error
     except aiohttp.ClientResponseError as error:
         raise TargetError(f"no server answers at {url}: what listens there is not HTTP") from error
     except (aiohttp.ClientError, OSError) as error:
         raise TargetError(f"no server answers at {url}: {connection_failure(error)}") from error
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def _name(model: dict[str, Any]) -> str:
+    """Raises TypeError: it has none."""
+    if not isinstance(model["id"], str):
+        raise TypeError(f"id is {model['id']!r}")
+    return model["id"]
 
 
 async def version(http: aiohttp.ClientSession, url: str) -> str | None:
     """What the server says of itself, if it does."""
-    with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError):
+    found: Any = None
+    with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError):
         timeout = aiohttp.ClientTimeout(LOOK_SECONDS)
-        async with http.get(f"{url}/version", timeout=timeout) as response:
-            return str((await response.json(content_type=None))["version"])
-    return None
+        async with http.get(f"{url}/version", timeout=timeout, allow_redirects=False) as response:
+            found = parse_json(await response.read()) if response.status == 200 else None
+    found = found.get("version") if isinstance(found, dict) else found
+    return one_line(found) if isinstance(found, str) else None
 
 
 async def listens(url: str) -> bool:

@@ -123,6 +123,11 @@ def _fairness(result: Mapping[str, Any]) -> Iterator[str]:
 def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
     if result["ended"] != "complete":
         yield f"PARTIAL: the run ended early: {result['ended']}."
+    if result.get("only"):  # not in results of earlier versions
+        yield f"These numbers are of {result['only']} alone; the run of all tenants never began."
+    if still := result["client"].get("stood_still"):
+        yield f"THE CLIENT STOOD STILL for {still:.1f} s: it was paused, or its machine slept. The"
+        yield "latencies of the requests then under way are longer by that. Measure again."
     if result["client"]["slow"]:
         lag = result["client"]["lag"]["p99"]
         yield f"SLOW CLIENT: 1 % of its timers were {1e3 * lag:.0f} ms late or more; the latencies"
@@ -132,7 +137,7 @@ def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"Requests waited in the client: p99 {1e3 * late:.0f} ms; latencies include it."
     if result["summary"]["empty"]:
         yield f"{result['summary']['empty']} answers had no tokens."
-    if uncounted := result["summary"].get("uncounted"):  # not in results of earlier versions
+    if uncounted := result["summary"].get("uncounted"):
         yield f"{uncounted} answers came without usage: their prompts' tokens are unknown, and each"
         yield "part of such an answer counts as one token, however many it holds."
     if whole := result["summary"].get("in_one_piece"):

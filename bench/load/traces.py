@@ -9,10 +9,7 @@ Formats, told apart by their first line:
 
 from __future__ import annotations
 
-import csv
 import datetime
-import io
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from deltaserve.bench.load.reading import count_of, csv_lines, json_lines, number_of, read_text
 from deltaserve.errors import ConfigError
 
 MOONCAKE_BLOCK = 512
@@ -127,16 +125,13 @@ def read_trace(path: Path) -> list[Row]:
     Raises:
         ConfigError: unreadable, of an unknown format, or malformed; the line is named.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    first = text.partition("\n")[0]
-    if first.startswith("{"):
-        rows = list(_parse_all(path, _json_lines(path, text), _mooncake))
+    text = read_text(path)
+    if text.lstrip().startswith("{"):
+        rows = list(_parse_all(path, json_lines(path, text), _mooncake))
     else:
+        first = text.partition("\n")[0]
         parse = _csv_parser(path, {name.strip() for name in first.split(",")})
-        rows = list(_parse_all(path, _csv_lines(text), parse))
+        rows = list(_parse_all(path, csv_lines(path, text), parse))
     if not rows:
         raise ConfigError(f"{path}: holds no requests")
     rows.sort(key=lambda row: row.time)
@@ -194,47 +189,6 @@ def _parse_all(
             yield row
 
 
-def _csv_lines(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
-    for line in reader:
-        yield reader.line_num, line
-
-
-def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            content = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {number}: not JSON: {error.msg}") from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path}, line {number}: not a JSON object")
-        yield number, content
-
-
-def _number(line: Mapping[str, Any], column: str) -> float:
-    """Raises KeyError, or ValueError that names the column and what it should hold."""
-    value = line[column]
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{column} is {value!r}, but must be a number: mend or remove the line")
-    return number
-
-
-def _count(line: Mapping[str, Any], column: str) -> int:
-    number = _number(line, column)
-    if number < 0 or number != int(number):
-        raise ValueError(
-            f"{column} is {line[column]!r}, but must be a whole number of tokens, 0 or more: "
-            "mend or remove the line"
-        )
-    return int(number)
-
-
 def _stamp(line: Mapping[str, Any], column: str) -> float:
     """Seconds of a date and time with seven decimals, one more than Python reads."""
     value = line[column]
@@ -251,24 +205,26 @@ def _stamp(line: Mapping[str, Any], column: str) -> float:
 
 def _azure(line: Mapping[str, Any]) -> Row:
     return Row(
-        _stamp(line, "TIMESTAMP"), _count(line, "ContextTokens"), _count(line, "GeneratedTokens")
+        _stamp(line, "TIMESTAMP"),
+        count_of(line, "ContextTokens"),
+        count_of(line, "GeneratedTokens"),
     )
 
 
 def _burstgpt(line: Mapping[str, Any]) -> Row:
     return Row(
-        _number(line, "Timestamp"),
-        _count(line, "Request tokens"),
-        _count(line, "Response tokens"),
+        number_of(line, "Timestamp"),
+        count_of(line, "Request tokens"),
+        count_of(line, "Response tokens"),
         line.get("Model"),
     )
 
 
 def _mooncake(line: Mapping[str, Any]) -> Row:
     return Row(
-        _number(line, "timestamp") / 1e3,
-        _count(line, "input_length"),
-        _count(line, "output_length"),
+        number_of(line, "timestamp") / 1e3,
+        count_of(line, "input_length"),
+        count_of(line, "output_length"),
         line.get("model"),
         _blocks(line.get("hash_ids", [])),
     )

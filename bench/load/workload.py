@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from deltaserve.bench.load.arrivals import Arrivals, AtOnce, Poisson, Trace
+from deltaserve.bench.load.arrivals import Arrivals, AtOnce, Closed, Poisson, Trace
 from deltaserve.bench.load.lengths import Fixed, Lengths, Prompts, ShareGpt
-from deltaserve.bench.load.popularity import Popularity, TraceModels, Uniform
-from deltaserve.bench.load.schema import build, did_you_mean, not_negative, positive
+from deltaserve.bench.load.popularity import OnOffModels, Popularity, TraceModels, Uniform
+from deltaserve.bench.load.schema import build, did_you_mean, not_negative, positive, repeated
 from deltaserve.errors import ConfigError
 from deltaserve.yaml_file import read_yaml
 
@@ -98,6 +98,8 @@ class Tenant:
             raise ValueError("arrivals at_once need a number of requests")
         if isinstance(self.popularity, TraceModels) and not isinstance(self.arrivals, Trace):
             raise ValueError("popularity trace needs arrivals trace")
+        if isinstance(self.popularity, OnOffModels) and isinstance(self.arrivals, Closed):
+            raise ValueError("popularity on_off changes with time, which a closed loop leaves open")
         endless = self.requests is None and self.duration is None
         if endless and not isinstance(self.arrivals, Trace):
             object.__setattr__(self, "duration", DEFAULT_DURATION)
@@ -186,12 +188,13 @@ class Workload:
     def __post_init__(self) -> None:
         positive(max_time=self.max_time, max_requests=self.max_requests, give_up=self.give_up)
         positive(max_concurrency=self.max_concurrency, request_timeout=self.request_timeout)
-        positive(scrape=self.scrape)
+        positive(scrape=self.scrape, service_weights=sum(self.service_weights))
+        for price in self.service_weights:
+            not_negative(service_weights=price)
         not_negative(
             warmup=self.warmup, settle=self.settle, temperature=self.temperature, seed=self.seed
         )
-        names = [tenant.name for tenant in self.tenants]
-        if twice := next((name for name in names if names.count(name) > 1), None):
+        if twice := repeated(tenant.name for tenant in self.tenants):
             raise ValueError(f"two tenants are called {twice!r}")
         if self.token_ids is not None:
             self._check_token_ids(self.token_ids)
@@ -205,14 +208,15 @@ class Workload:
             if tenant.turns.count > 1 or isinstance(tenant.prompt, ShareGpt):
                 raise ValueError("token_ids do not go with turns or sharegpt, which are text")
 
-    def api_key(self, tenant: Tenant, default: str) -> str:
-        """Raises ConfigError: its variable is not set."""
-        if not tenant.api_key_env:
-            return default
-        variable = tenant.api_key_env.replace("{i}", str(self.tenants.index(tenant)))
-        if variable not in os.environ:
-            raise ConfigError(f"tenant {tenant.name!r}: the variable {variable} is not set")
-        return os.environ[variable]
+    def api_keys(self, default: str) -> dict[str, str]:
+        """Of each tenant, by its name. Raises ConfigError: its variable is not set."""
+        keys = {}
+        for number, tenant in enumerate(self.tenants):
+            variable = tenant.api_key_env.replace("{i}", str(number))
+            if variable and variable not in os.environ:
+                raise ConfigError(f"tenant {tenant.name!r}: the variable {variable} is not set")
+            keys[tenant.name] = os.environ[variable] if variable else default
+        return keys
 
     def as_dict(self) -> dict[str, Any]:
         """For the record; kinds included, keys never held."""

@@ -107,9 +107,9 @@ class SimulatedClient:
         origin = asyncio.get_running_loop().time() - sent
         outcome, status, message = Outcome.OK, 200, ""
         ticket = None
+        patience = math.inf if cancel_after is None else cancel_after
         try:
-            limit = min(cancel_after or math.inf, self.workload.request_timeout)
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(min(patience, self.workload.request_timeout)):
                 await asyncio.sleep(self.cluster.system.request_s)
                 replica, request_id, ticket = self.cluster.submit(record, prompt, output_tokens)
                 try:
@@ -118,7 +118,8 @@ class SimulatedClient:
                     replica.abort(request_id)
             outcome, status, message = _end(ticket)
         except TimeoutError:
-            outcome = Outcome.CANCELLED if cancel_after is not None else Outcome.TIMEOUT
+            waited = patience > self.workload.request_timeout
+            outcome = Outcome.TIMEOUT if waited else Outcome.CANCELLED
         except asyncio.CancelledError:
             outcome, message = Outcome.UNFINISHED, "the run ended first"
         tokens = ticket.tokens if ticket is not None else []

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from deltaserve.bench.load.schema import build, not_negative, positive
+from deltaserve.bench.load.schema import build, not_negative, positive, repeated
 from deltaserve.config import EngineConfig
 from deltaserve.engine.memory import CPU_SHARE, GPU_RESERVE, divide
 from deltaserve.errors import ConfigError
@@ -112,6 +112,8 @@ class Deltas:
     def __post_init__(self) -> None:
         not_negative(count=self.count, device_gb=self.device_gb, prepare_s=self.prepare_s)
         not_negative(step_gb=self.step_gb, disk_gb=self.disk_gb)
+        if twice := repeated(self.names):
+            raise ValueError(f"names has {twice!r} twice")
 
     def bytes_of(self, value: float | None) -> int:
         return int((self.device_gb if value is None else value) * GB)

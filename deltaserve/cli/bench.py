@@ -53,6 +53,7 @@ from deltaserve.cli.bench_options import (
     workload_of,
 )
 from deltaserve.cli.bench_simulate import calibrate, simulate
+from deltaserve.cli.progress import stop_on_sigterm
 from deltaserve.demo.server_process import Server, ServerError, server_process
 from deltaserve.errors import ConfigError, DeltaServeError
 
@@ -153,13 +154,20 @@ SUBCOMMANDS = (serve, sweep, compare, simulate, calibrate)
 def _target(
     url: str | None, spawn: Path | None, keys: tuple[str, str], allow_remote: bool
 ) -> Iterator[tuple[Target, Server | None]]:
-    """The server that was named, or one of our own, ended when the block is left; the log of one
-    that ended by itself, or did not start, is kept: the error names it."""
+    """The server that was named, or one of our own."""
     if (url is None) == (spawn is None):
         raise ConfigError("name the server to load: either --url or --spawn")
-    if url is not None:
-        yield Target(check_url(url, allow_remote=allow_remote), *keys), None
+    if spawn is None:
+        yield Target(check_url(str(url), allow_remote=allow_remote), *keys), None
         return
+    with stop_on_sigterm(), _spawned(spawn, keys) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def _spawned(spawn: Path, keys: tuple[str, str]) -> Iterator[tuple[Target, Server]]:
+    """A server of our own, ended when the block is left; the log of one that ended by itself, or
+    did not start, is kept: the error names it."""
     folder = Path(tempfile.mkdtemp(prefix="deltaserve-bench-"))
     arguments = ["serve", "--config", str(spawn), "--port", "0"]
     keep = False

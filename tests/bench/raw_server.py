@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 Pieces = Sequence[bytes]
 """A whole HTTP answer as it is written, piece by piece; the connection is closed after it."""
@@ -30,8 +30,8 @@ MODELS = whole(b'{"object": "list", "data": [{"id": "strange"}]}')
 
 
 class _Server:
-    def __init__(self, answer: Answer, models: Pieces) -> None:
-        self._answer, self._models = answer, models
+    def __init__(self, answer: Answer, models: Pieces, others: Mapping[str, Pieces]) -> None:
+        self._answer, self._models, self._others = answer, models, others
 
     async def meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -51,20 +51,24 @@ class _Server:
         if lines[0].startswith("get /v1/models"):
             return self._models
         if lines[0].startswith("get "):
-            return whole(b"{}", status="404 Not Found")
+            return self._others.get(lines[0].split()[1]) or whole(b"{}", status="404 Not Found")
         length = next(line for line in lines if line.startswith("content-length:"))
         return self._answer(json.loads(await reader.readexactly(int(length.split(":")[1]))))
 
 
 @contextlib.contextmanager
-def raw_server(answer: Answer, models: Pieces = MODELS) -> Iterator[str]:
-    """Its address. models: what it says when asked for its models."""
+def raw_server(
+    answer: Answer, models: Pieces = MODELS, others: Mapping[str, Pieces] | None = None
+) -> Iterator[str]:
+    """Its address. models: what it says when asked for its models; others: for other paths."""
     loop = asyncio.new_event_loop()
     ready = threading.Event()
     address: list[int] = []
 
     async def serve() -> None:
-        server = await asyncio.start_server(_Server(answer, models).meet, "127.0.0.1", 0)
+        server = await asyncio.start_server(
+            _Server(answer, models, others or {}).meet, "127.0.0.1", 0
+        )
         address.append(server.sockets[0].getsockname()[1])
         ready.set()
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from deltaserve.bench.load.output import LEAST_ROOM
 from deltaserve.bench.load.sweep import points
 from deltaserve.bench.load.target import check_url
 from deltaserve.bench.load.workload import make_workload, read_workload
@@ -135,6 +136,22 @@ def test_sweep_resumes_and_compare_reads_its_points(server, write, tmp_path, cap
 def test_points_differ_in_seed_so_that_no_cache_helps():
     found = points({"seed": 5, "sweep": {"prompt": [3, 4]}})
     assert [point.workload.seed for point in found] == [5, 1005]
+    swept = points({"sweep": {"seed": [7, 8]}})
+    assert [(point.name, point.workload.seed) for point in swept] == [("seed=7", 7), ("seed=8", 8)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"sweep": {"arrivals.rate": ["fast"]}}, "point 0.*rate is 'fast', but must be a number"),
+        ({"sweep": {"arrivals.rate": [None]}}, "rate is None, but must be a number"),
+        ({"sweep": {5: [1]}}, "sweep point 0: unknown key '5'"),
+        ({"sweep": {"output": [1]}, "seed": "x"}, "seed is 'x', but must be a whole number"),
+    ],
+)
+def test_mistakes_of_a_sweep_are_named(content, message):
+    with pytest.raises(ConfigError, match=message):
+        points({"arrivals": {"kind": "poisson", "rate": 1}, **content})
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -240,19 +257,21 @@ def test_a_full_disk_leaves_no_part_of_a_file(server, write, tmp_path, capsys):
     out = tmp_path / "r.json"
     command = ["bench", "serve", write(requests=3, output=2), "--url", server.url]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        assert dispatch([*command, "--out", str(out)]) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    said = capsys.readouterr()
-    assert "Serving Benchmark Result" in said.out
-    assert f"{out} cannot be written: file too large" in said.err
-    assert list(tmp_path.iterdir()) == [tmp_path / "w.yaml"]
+    for room, ran in ((LEAST_ROOM - 1, False), (LEAST_ROOM + 1, True)):  # full at first, or later
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            assert dispatch([*command, "--out", str(out)]) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        said = capsys.readouterr()
+        assert ("Serving Benchmark Result" in said.out) == ran
+        assert f"{out} cannot be written: file too large" in said.err
+        assert list(tmp_path.iterdir()) == [tmp_path / "w.yaml"]
 
 
 def test_only_this_machine_unless_allowed():
     assert check_url("http://127.0.0.1:8000/v1/", allow_remote=False) == "http://127.0.0.1:8000"
+    assert check_url("http://0.0.0.0:8000", allow_remote=False) == "http://0.0.0.0:8000"
     assert check_url("http://192.0.2.1", allow_remote=True) == "http://192.0.2.1"
     with pytest.raises(ConfigError, match="another machine"):
         check_url("http://192.0.2.1", allow_remote=False)

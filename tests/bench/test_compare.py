@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaserve.bench.load import compare as compare_module
-from deltaserve.bench.load.compare import Row, compare, read_side, render
+from deltaserve.bench.load.compare import Row, compare, read_side, render, student
 from deltaserve.bench.load.fairness import fairness, jain
 from deltaserve.bench.load.records import Outcome, Record
 from deltaserve.bench.load.result import SCHEMA
@@ -42,6 +42,10 @@ def made_up(seed: int, count: int = 400, slower: float = 1.0, correlated: bool =
     return {
         "schema": SCHEMA,
         "name": f"run {seed}",
+        "ended": "complete",
+        "thresholds": [],
+        "workload": {},
+        "server": {},
         "seconds": 61.0,
         "workload_digest": "same",
         "summary": {"failed": 0, "requests": count},
@@ -77,6 +81,36 @@ def test_equal_servers_are_told_apart_rarely(correlated):
     assert sum(each["ttft mean"] != "noise" for each in alarms) <= 3
 
 
+def behind_a_queue(seed: int, slower: float = 1.0) -> dict:
+    """Half loaded: the arrivals of every pair of seeds are the same, as of one workload."""
+    rng, arrivals = np.random.default_rng(seed), np.random.default_rng(1000 + seed // 2)
+    result, free = made_up(seed), 0.0
+    scheduled = np.cumsum(arrivals.exponential(0.04, 400))
+    first = []
+    for moment, work in zip(scheduled, slower * rng.exponential(0.02, 400), strict=True):
+        free = max(free, moment) + work
+        first.append(free)
+    times = {"scheduled": scheduled, "first": np.array(first)}
+    times["finished"] = times["first"] + slower * rng.lognormal(-3, 0.1, 400)
+    result["requests"] |= {name: values.tolist() for name, values in times.items()}
+    return result
+
+
+def test_a_queue_is_no_difference_and_a_fifth_more_work_is_one():
+    alarms = []
+    for i in range(0, 30, 2):
+        equal = verdicts([behind_a_queue(i)], [behind_a_queue(i + 1)])
+        alarms += [equal[name] != "noise" for name in ("ttft mean", "ttft p99", "e2e mean")]
+    assert sum(alarms) <= 3  # of 45; one in twenty is meant
+    more = verdicts([behind_a_queue(0)], [behind_a_queue(1, 1.2)])
+    assert more["tpot mean"] == more["tpot p50"] == "worse"
+
+
+def test_students_factor():
+    """Of tables: t(0.975) is 2.776, 2.262 and 1.984 for 4, 9 and 99, over 1.960."""
+    assert [student(each) for each in (4, 9, 99)] == pytest.approx([1.416, 1.154, 1.012], abs=0.03)
+
+
 def test_throughput_is_better_when_it_is_higher():
     less = made_up(1)
     less["requests"]["output_tokens"] = [5] * 400
@@ -106,13 +140,28 @@ def test_sides_from_files_and_folders(tmp_path):
     assert "NOTE: one run each" in text
     assert "1.000" in text
     (tmp_path / "bad.json").write_text('{"schema": "other"}')
-    with pytest.raises(ConfigError, match="schema is 'other'"):
+    with pytest.raises(ConfigError, match=r"schema is 'other'.*: measure again"):
         read_side(tmp_path)
+    (tmp_path / "bad.json").write_text(json.dumps({"schema": SCHEMA, "name": "x"}))
+    with pytest.raises(ConfigError, match="ended is missing"):
+        read_side(tmp_path / "bad.json")
     with pytest.raises(ConfigError, match="No such file"):
         read_side(tmp_path / "none.json")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no results"):
         read_side(tmp_path / "empty")
+
+
+def test_what_was_cut_or_cannot_be_compared_is_said():
+    cut, nothing = made_up(1), made_up(2)
+    cut["ended"] = "interrupted"
+    cut["client"] = {"slow": False, "stood_still": 3.0}
+    nothing["requests"]["outcome"] = ["http"] * 400
+    said = "\n".join(render([cut], [nothing], compare([cut], [nothing])))
+    assert "NOTE: 1 run(s) ended early: interrupted" in said
+    assert "NOTE: a client was slow or stood still" in said
+    assert "Nothing to compare" in said
+    assert "interval" not in said
 
 
 @given(st.lists(st.floats(0.001, 1e6), min_size=1, max_size=20))

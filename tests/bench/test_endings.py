@@ -13,6 +13,7 @@ from deltaserve.bench.load.execute import Target, measure
 from deltaserve.bench.load.target import TargetError
 from deltaserve.bench.load.text import render
 from deltaserve.bench.load.workload import make_workload
+from deltaserve.errors import ConfigError
 from tests.bench.fake_server import Behaviour
 from tests.bench.running import run, steady
 
@@ -87,6 +88,36 @@ def test_an_interrupt_keeps_what_was_measured():
     assert 3 <= result["summary"]["completed"] <= 15
 
 
+def test_an_interrupt_of_a_run_alone_keeps_those_before_and_says_whose_it_is():
+    asked: list[str] = []
+
+    def interrupt(number: int, body: dict[str, Any], key: str) -> None:
+        asked.append(body["model"])
+        if asked.count("beta") == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    tenants = [{"name": "one", "models": ["alpha"]}, {"name": "two", "models": ["beta"]}]
+    behaviour = Behaviour(gap=0.01, failure=interrupt)
+    result = run(behaviour, **steady(40, 20), tenants=tenants, alone=True, output=2)
+    assert (result["ended"], result["only"]) == ("interrupted", "two")
+    assert result["tenants"].keys() == {"two"}
+    assert result["slowdown"]["one"]["alone"]["completed"] == 20
+    assert result["slowdown"].keys() == {"one"}
+    assert "These numbers are of two alone; the run of all" in render(result)
+
+
+def test_signals_do_afterwards_what_they_did_before():
+    def before(number: int, frame: object) -> None: ...
+
+    system = {number: signal.signal(number, before) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        run(Behaviour(), **steady(50, 2), output=1)
+        assert all(signal.getsignal(number) is before for number in system)
+    finally:
+        for number, handler in system.items():
+            signal.signal(number, handler)
+
+
 def test_max_time_and_max_requests():
     result = run(Behaviour(gap=0.05), **steady(20, 2000), output=10, max_time=1.0)
     assert result["ended"] == "max time"
@@ -112,6 +143,18 @@ def test_refusals_before_anything_is_measured():
         measure(Target("http://127.0.0.1:9"), make_workload({}), lambda name, run: None)
     with pytest.raises(TargetError, match=r"http 400: as told.*ignore_eos: false"):
         run(Behaviour(failure=lambda n, body, key: "400"), **steady(10, 1))
+
+
+def test_a_broken_file_of_the_last_tenant_is_found_before_anybody_is_asked(tmp_path):
+    (tmp_path / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\nnever,1,2\n")
+    trace = {"kind": "trace", "path": str(tmp_path / "t.csv")}
+    tenants = [{"name": "one", **steady(50, 3)}, {"name": "two", "arrivals": trace}]
+    behaviour = Behaviour()
+    with pytest.raises(ConfigError, match="line 2: TIMESTAMP is 'never'"):
+        run(behaviour, tenants=tenants, alone=True)
+    with pytest.raises(ConfigError, match=r"probes\.model: the server has no model 'zeta'"):
+        run(behaviour, **steady(50, 3), probes={"model": "zeta"})
+    assert behaviour.seen == []
 
 
 def test_thresholds_pass_and_fail():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -14,17 +15,24 @@ from deltaserve.bench.load.target import TargetError
 from deltaserve.bench.load.text import render
 from deltaserve.bench.load.workload import make_workload
 from deltaserve.errors import DeltaServeError
-from tests.bench.raw_server import GAP, Pieces, head, raw_server, whole
+from tests.bench.raw_server import GAP, MODELS, Pieces, head, raw_server, whole
 
 USAGE = {"prompt_tokens": 9, "completion_tokens": 6}
 WORDS = ("ein ", "Käfer ", "läuft")
 
 
-def load(answer: Any, **content: Any) -> dict[str, Any]:
+def load(
+    answer: Any,
+    models: Pieces = MODELS,
+    others: Mapping[str, Pieces] | None = None,
+    key: str = "",
+    **content: Any,
+) -> dict[str, Any]:
     """What three requests find; the first ones are answered too."""
     shape = {"arrivals": 50, "requests": 3, "output": 6, "give_up": 0.5, "warmup": 0}
-    with raw_server(answer if callable(answer) else lambda body: answer) as url:
-        measured = measure(Target(url), make_workload(shape | content), lambda name, run: None)
+    with raw_server(answer if callable(answer) else lambda body: answer, models, others) as url:
+        workload = make_workload(shape | content)
+        measured = measure(Target(url, key), workload, lambda name, run: None)
     return document(measured, detailed=True)
 
 
@@ -212,7 +220,11 @@ FAILURES = {
         "malformed answer",
         "not a completion: text/html",
     ),
-    "another protocol": (lambda body: [b"SSH-2.0-x\r\n\r\n"], "disconnected", ""),
+    "another protocol": (
+        lambda body: [b"SSH-2.0-x\r\n\r\n"],
+        "malformed answer",
+        "not a completion: Bad status line",
+    ),
     "an end without a beginning": (
         lambda body: stream(),
         "malformed answer",

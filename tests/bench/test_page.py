@@ -56,3 +56,13 @@ def test_residency_is_only_what_says_so():
     charts = section.split('<div class="legend">')[1:]  # a counter would dwarf the few deltas
     assert ["deltaserve:deltas" in each for each in charts] == [True, False]
     assert ["lora_requests" in each for each in charts] == [False, True]
+
+
+def test_probes_are_in_no_chart_of_the_load():
+    """One of a tenant that has sent nothing yet is in the timeline all the same."""
+    probes = {"rate": 40, "output": 2}
+    found = run(Behaviour(), tenants=[{"start": 5}], probes=probes, max_time=0.5, output=1)
+    assert found["probes"]["completed"] > 5
+    text = report(found)
+    assert "<rect" in text
+    assert "Throughput against latency</h2><p>No request was answered" in text

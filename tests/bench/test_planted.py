@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
-from tests.bench.fake_server import Behaviour
+import pytest
+
+from deltaserve.bench.load import arrivals
+from deltaserve.bench.load.execute import Target, measure
+from deltaserve.bench.load.result import document
+from deltaserve.bench.load.runner import Run
+from deltaserve.bench.load.text import render
+from deltaserve.bench.load.traces import Row
+from deltaserve.bench.load.workload import make_workload
+from tests.bench.fake_server import Behaviour, fake_server
 from tests.bench.running import run, steady
 
 SLACK = 0.15
@@ -156,3 +166,59 @@ def test_users_of_a_closed_loop_come_one_after_the_other_and_think():
     assert [round(each, 1) for each in sent[:2]] == [0.0, 0.1]
     # 4 users, each about every 0.2 s for what is left of the second.
     assert 8 <= len(sent) <= 18
+
+
+def test_what_a_user_thinks_after_the_last_answer_is_not_measured():
+    loop = {"kind": "closed", "concurrency": 1, "think": 0.8}
+    result = run(Behaviour(first=lambda body, key: 0.1), arrivals=loop, requests=2, output=4)
+    assert result["seconds"] == pytest.approx(max(result["requests"]["finished"]), abs=1e-5)
+    assert 1.0 <= result["seconds"] <= 1.0 + 2 * SLACK  # 0.1, 0.8, 0.1
+    assert result["summary"]["request_throughput"] == pytest.approx(2 / result["seconds"])
+    # Nobody thinks past the end, either.
+    began = time.monotonic()
+    run(Behaviour(), arrivals=loop | {"think": 30.0}, duration=0.5, output=4)
+    assert time.monotonic() - began < 10
+
+
+def test_the_last_request_allowed_ends_the_run():
+    """And not the time of the next one, which is never sent."""
+    began = time.monotonic()
+    result = run(Behaviour(), **steady(0.1, 5), max_requests=1, output=2)
+    assert (result["ended"], result["summary"]["completed"]) == ("complete", 1)
+    assert time.monotonic() - began < 8
+    assert result["seconds"] < 1
+
+
+def test_files_are_read_before_the_clock_runs(tmp_path, monkeypatch):
+    rows = "".join(f"2023-11-16 18:17:03.{i}00000,4,2\n" for i in range(3))
+    (tmp_path / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
+    read = arrivals.read_trace
+
+    def slowly(path: Path) -> list[Row]:
+        time.sleep(0.6)
+        return read(path)
+
+    monkeypatch.setattr(arrivals, "read_trace", slowly)
+    trace = {"name": "one", "arrivals": {"kind": "trace", "path": str(tmp_path / "t.csv")}}
+    other = {"name": "two"} | steady(20, 5) | {"output": 2}
+    found = run(Behaviour(), tenants=[trace, other])["summary"]
+    assert found["completed"] == 8
+    assert found["lateness"]["max"] < 0.4
+
+
+def test_a_client_that_stood_still_says_so():
+    stood: list[float] = []
+
+    def stand_still(name: str, run: Run) -> None:
+        if run.in_flight and not stood:
+            stood.append(1.3)
+            time.sleep(1.3)
+
+    with fake_server(Behaviour(first=lambda body, key: 0.2)) as server:
+        # Long enough that the one late timer is less than 1 % of all.
+        workload = make_workload(steady(20, 140) | {"output": 1})
+        measured = measure(Target(server.url), workload, stand_still)
+    result = document(measured)
+    assert 1.2 <= result["client"]["stood_still"] <= 1.3 + 2 * SLACK
+    assert "THE CLIENT STOOD STILL for 1." in render(result)
+    assert run(Behaviour(), **steady(50, 3), output=1)["client"]["stood_still"] == 0.0

@@ -121,6 +121,19 @@ def test_a_full_queue_and_cancelled_requests_end_as_on_a_server():
     assert (given_up["cancelled"], given_up["failed"]) == (10, 0)
 
 
+def test_a_limit_before_a_planned_cancellation_is_a_failure_as_on_a_server():
+    content = {"arrivals": {"kind": "constant", "rate": 1}, "requests": 2, "request_timeout": 0.001}
+    late = play(system(), **content, cancel={"fraction": 1, "after": 5})["summary"]
+    assert (late["errors"], late["cancelled"]) == ({"timed out": 2}, 0)
+    early = play(system(), **content, cancel={"fraction": 1, "after": 0.0001})["summary"]
+    assert (early["errors"], early["cancelled"]) == ({}, 2)
+
+
+def test_two_deltas_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="names has 'a' twice"):
+        Deltas(2, names=("a", "b", "a"))
+
+
 def test_more_replicas_do_more_and_keep_deltas_apart():
     loop = {"kind": "closed", "concurrency": 64}
     content = {"arrivals": loop, "duration": 20, "output": 20, "scrape": 5}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -82,3 +86,28 @@ def test_a_server_that_lives_leaves_nothing(server_dies, tmp_path):
     server_dies(10**9)
     assert load(tmp_path) == 0
     assert kept(tmp_path) == []
+
+
+def test_sigterm_while_it_starts_leaves_no_server_behind(tmp_path, monkeypatch, capsys):
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path / 'pid'}\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    def end_it() -> None:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def not_asked(number: int, frame: object) -> None:
+        raise AssertionError("SIGTERM came to whoever had called")
+
+    before = signal.signal(signal.SIGTERM, not_asked)
+    try:
+        threading.Thread(target=end_it, daemon=True).start()
+        assert load(tmp_path) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "interrupted" in capsys.readouterr().err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)

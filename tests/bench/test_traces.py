@@ -75,6 +75,12 @@ def test_mooncake(write):
         (MOONCAKE.replace("[46, 47, 60]", '"x"'), "line 2: hash_ids is 'x', .*a list"),
         (MOONCAKE + "{oops\n", "line 3: not JSON"),
         (MOONCAKE + "[]\n", "line 3: not a JSON object"),
+        (MOONCAKE + '{"a": ' + "[" * 100_000, "line 3: not JSON: nested too deeply"),
+        (AZURE + "x" * 200_000 + ",1,2\n", "line 4: field larger than"),
+        (
+            AZURE + f"2023-11-16 18:17:05.1,{'9' * 400},3\n",
+            "line 4: ContextTokens is '999.* \\.\\.\\.,",
+        ),
         ("a,b\n1,2\n", "line 1: no known trace"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "holds no requests"),
         ("", "line 1: no known trace"),
@@ -83,6 +89,10 @@ def test_mooncake(write):
 def test_malformed_traces_are_refused_by_line(write, text, message):
     with pytest.raises(ConfigError, match=message):
         read_trace(write(text))
+
+
+def test_a_blank_first_line_changes_no_format(write):
+    assert read_trace(write("\n " + MOONCAKE)) == read_trace(write(MOONCAKE))
 
 
 def test_missing_file(tmp_path):
@@ -94,8 +104,10 @@ def test_lengths_from_a_column(write):
     assert read_column(write("a,b\n3,4\n5,6\n"), "b") == [4, 6]
     with pytest.raises(ConfigError, match="no column 'c'; it has a, b"):
         read_column(write("a,b\n3,4\n"), "c")
-    with pytest.raises(ConfigError, match="line 2: b is 0"):
+    with pytest.raises(ConfigError, match="line 2: b is '0'"):
         read_column(write("a,b\n3,0\n"), "b")
+    with pytest.raises(ConfigError, match=r"line 2: b is None, .*1 or more: mend"):
+        read_column(write("a,b\n3\n"), "b")
 
 
 def test_sharegpt(write):
@@ -106,3 +118,13 @@ def test_sharegpt(write):
         read_sharegpt(write('[{"text": "x"}]'))
     with pytest.raises(ConfigError, match="line 1: not JSON"):
         read_sharegpt(write("[oops"))
+    with pytest.raises(ConfigError, match="not JSON: nested too deeply"):
+        read_sharegpt(write("[" * 100_000))
+
+
+@pytest.mark.parametrize("read", [read_trace, read_sharegpt, lambda path: read_column(path, "a")])
+def test_what_is_no_text_is_refused(tmp_path, read):
+    path = tmp_path / "picture"
+    path.write_bytes(b"a\n\xff\xfe\n")
+    with pytest.raises(ConfigError, match="picture: not UTF-8 text, from byte 2 on"):
+        read(path)

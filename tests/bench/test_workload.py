@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -46,6 +47,13 @@ def test_a_tenants_keys_win_over_shared_ones():
         ({"models": []}, "models is empty"),
         ({"models": 1.5}, "models is 1.5, but must be all or deltas or a whole number or a list"),
         ({"popularity": "trace"}, "popularity trace needs arrivals trace"),
+        (
+            {"popularity": "on_off", "arrivals": {"kind": "closed", "concurrency": 2}},
+            "popularity on_off changes with time",
+        ),
+        ({"service_weights": [float("nan"), 1]}, "service_weights is nan"),
+        ({"service_weights": [-1, 2]}, "service_weights is -1"),
+        ({"service_weights": [0, 0]}, "service_weights is 0"),
         ({"popularity": {"kind": "on_off", "active": 2}}, "active is 2"),
         ({"cancel": {"fraction": 1.5, "after": 1}}, "fraction is 1.5"),
         ({"slo": {"ttft": "fast"}}, "slo.ttft is 'fast', but must be a number"),
@@ -86,10 +94,20 @@ def test_settings_by_dotted_keys():
 def test_keys_come_from_the_environment_and_stay_out_of_records(monkeypatch):
     monkeypatch.setenv("KEY_1", "s3cret")
     workload = make_workload({"tenants": 2, "api_key_env": "KEY_{i}"})
-    assert workload.api_key(workload.tenants[1], "") == "s3cret"
-    assert "s3cret" not in json.dumps(workload.as_dict())
     with pytest.raises(ConfigError, match="variable KEY_0 is not set"):
-        workload.api_key(workload.tenants[0], "")
+        workload.api_keys("")
+    monkeypatch.setenv("KEY_0", "other")
+    assert workload.api_keys("") == {"tenant-0": "other", "tenant-1": "s3cret"}
+    assert "s3cret" not in json.dumps(workload.as_dict())
+    assert make_workload({}).api_keys("default") == {"default": "default"}
+
+
+def test_ten_thousand_tenants_have_their_keys_at_once(monkeypatch):
+    monkeypatch.setenv("KEY", "shared")
+    began = time.process_time()
+    workload = make_workload({"tenants": 10_000, "api_key_env": "KEY"})
+    assert len(workload.api_keys("")) == 10_000
+    assert time.process_time() - began < 6  # one by one among all others, 15 and more
 
 
 def test_equal_seeds_plan_equal_requests_and_a_rate_changes_no_length():
