@@ -11,7 +11,8 @@ from deltaserve.pipeline.cache import settings_of
 from deltaserve.pipeline.compiling import segment_roots
 from deltaserve.pipeline.consumption import Consumption
 from deltaserve.pipeline.iterator import Pipeline, prepare, stream_fingerprint
-from deltaserve.pipeline.plan import Node, Plan
+from deltaserve.pipeline.node import Node
+from deltaserve.pipeline.plan import Plan
 from deltaserve.pipeline.segments import CHUNK, Done, in_segment
 from deltaserve.pipeline.trace import OperatorFigures, Trace
 from deltaserve.pipeline.tracing import Recorder, make_trace

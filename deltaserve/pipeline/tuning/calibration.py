@@ -13,7 +13,8 @@ from typing import Any
 
 from deltaserve.pipeline.compiling import segment_roots
 from deltaserve.pipeline.elements import element
-from deltaserve.pipeline.plan import Node, Plan
+from deltaserve.pipeline.node import Node
+from deltaserve.pipeline.plan import Plan
 from deltaserve.pipeline.rows import Row
 from deltaserve.pipeline.segments import Leaf, leaves_of
 from deltaserve.pipeline.sources import Source, open_source

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from deltaserve.errors import PipelineError
+from deltaserve.pipeline.node import Node
 from deltaserve.pipeline.operators import ELEMENT, OPERATORS, SOURCE
-from deltaserve.pipeline.plan import Node, Plan
+from deltaserve.pipeline.plan import Plan
 from deltaserve.pipeline.segments import in_segment
 from deltaserve.pipeline.tuning.cacheplace import Nature
 
