@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deltaserve.errors import PipelineError
@@ -26,6 +26,11 @@ class Settings:
 
     def workers(self, stage: str) -> int:
         return self.processes or self.threads.get(stage, 1)
+
+    def same_workers(self, other: Settings, stages: Sequence[str]) -> bool:
+        return bool(self.processes) == bool(other.processes) and all(
+            self.workers(stage) == other.workers(stage) for stage in stages
+        )
 
     def __str__(self) -> str:
         each = [f"{stage}: {threads} threads" for stage, threads in self.threads.items()]
