@@ -9,11 +9,14 @@ depend on the number of workers.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import logging
 import sys
 from collections.abc import Iterator
 from typing import Any, Protocol
+
+import numpy as np
 
 from deltaserve.errors import PipelineError
 from deltaserve.pipeline.mixing import ENDLESS, Phases, Turns
@@ -34,6 +37,8 @@ MapDataset: Any = grain.MapDataset
 
 # Deaths of worker processes in a row, without a result between, that are mended.
 DEATHS = 3
+# Rows whose order is drawn as a whole, and kept, rather than number by number.
+DRAWN = 1 << 16
 
 
 class Executor(Protocol):
@@ -231,11 +236,18 @@ def _seed(seed: object) -> int:
 def _shuffled(below: Any, seed: int, window: int | None) -> Any:
     if not len(below):
         return below
-    if window is None or window >= len(below):
-        if len(below) >= 2**32:
-            raise PipelineError("a shuffle takes less than 2^32 rows: give it a window")
-        return below.shuffle(seed=seed)
-    return _WindowShuffle(below, seed, window)
+    size = min(window or len(below), len(below))
+    if size <= DRAWN or size < len(below):
+        return _WindowShuffle(below, seed, size)
+    if size >= 2**32:
+        raise PipelineError("a shuffle takes less than 2^32 rows: give it a window")
+    return below.shuffle(seed=seed)
+
+
+@functools.lru_cache(maxsize=32)
+def _permutation(seed: int, epoch: int, number: int, size: int) -> np.ndarray:
+    words = [seed, epoch, number]
+    return np.random.Generator(np.random.PCG64(words)).permutation(size).astype(np.int32)
 
 
 class _Keys(MapDataset):
@@ -270,7 +282,11 @@ class _From(MapDataset):
 
 
 class _WindowShuffle(MapDataset):
-    """Like Grain's, which leaves the rows of a last window that is not full out of account."""
+    """Rows in a new order within each window, the last one too, which may not be full.
+
+    Orders of small windows are drawn whole. Grain's shuffle of single numbers (which large ones
+    take) needs a millisecond for each below a hundred, and there keeps neighbours together.
+    """
 
     def __init__(self, parent: Any, seed: int, window: int) -> None:
         super().__init__(parent)
@@ -286,8 +302,10 @@ class _WindowShuffle(MapDataset):
         number, within = divmod(at, self._window)
         start = number * self._window
         size = min(self._window, len(self) - start)
-        seed = _seed(f"{self._shuffle_seed} {epoch} {number}")
-        if size > 1:
+        if size <= DRAWN:
+            within = int(_permutation(self._shuffle_seed, epoch, number, size)[within])
+        else:
+            seed = _seed(f"{self._shuffle_seed} {epoch} {number}")
             within = experimental.index_shuffle(within, max_index=size - 1, seed=seed, rounds=4)
         return self._parent[epoch * len(self) + start + within]
 

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2
 
 from deltaserve.errors import PipelineError
 from deltaserve.pipeline import Plan, open_pipeline
@@ -82,6 +83,26 @@ def test_shuffles_are_permutations_that_change_with_epoch_and_seed(tmp_path: Pat
     # Displacement of a true permutation: a third of the length.
     for order in orders:
         assert abs(sum(abs(n - at) for at, n in enumerate(order)) / 1000 - 333) < 60
+
+
+@pytest.mark.parametrize("window", [None, 32])
+def test_every_row_comes_at_every_place_as_often(tmp_path: Path, window: int | None) -> None:
+    """Chi-square over the places of all rows in many epochs, which are as many seeds: 8 places of
+    64 / 8 or 32 / 8 rows. Of permutations it has n - 1 times 8 - 1 degrees of freedom, for n rows
+    (of each window)."""
+    rows, epochs, places = 64, 400, 8
+    size = window or rows
+    order = np.array(values(numbers(tmp_path, rows).shuffle(5, window=window).repeat(epochs), "n"))
+    where = np.argsort(order.reshape(epochs, rows), axis=1) % size * places // size
+    counts = np.stack([(where == place).sum(axis=0) for place in range(places)])
+    expected = epochs / places
+    statistic = ((counts - expected) ** 2 / expected).sum() * (size - 1) / size
+    freedom = (rows // size) * (size - 1) * (places - 1)
+    low, high = chi2.ppf([0.001, 0.999], freedom)
+    assert low < statistic < high
+    # Rows do not stay together either: a neighbour follows as often as any other row.
+    follows = (np.diff(order.reshape(epochs, rows), axis=1) == 1).mean()
+    assert follows == pytest.approx(1 / size, rel=0.15)
 
 
 @pytest.mark.parametrize("count", [1, 7, 64, 100])

@@ -49,7 +49,7 @@ class Workload:
         return {
             "lone": alone.lone,
             # What has a cache needs no advice where to put one.
-            "natures": {} if _cached(prepared) else natures(prepared, alone.rows),
+            "natures": {} if _cached(prepared) else natures(prepared, alone.rows, alone.bytes),
             "epochs": epochs(prepared),
             "by": self.by,
             "parts": alone.parts,

@@ -83,10 +83,10 @@ def epochs(plan: Plan) -> float:
     return times
 
 
-def natures(plan: Plan, rows: Mapping[str, int]) -> dict[str, Nature]:
+def natures(plan: Plan, rows: Mapping[str, int], kept: Mapping[str, float]) -> dict[str, Nature]:
     """What the plan declares of its operators, for the placement of caches; rows: of each
-    source. Shuffles and repeats in a segment only order row numbers, so a cache below or above
-    them is the same."""
+    source; kept: bytes of a cache behind an operator, where known. Shuffles and repeats in a
+    segment only order row numbers, so a cache below or above them is the same."""
     return {
         node.name: Nature(
             tuple(below.name for below in measured_inputs(node)),
@@ -94,6 +94,7 @@ def natures(plan: Plan, rows: Mapping[str, int]) -> dict[str, Nature]:
             deterministic=node.attributes.deterministic,
             reorders=not can_keep(node),
             rows=rows.get(node.name),
+            bytes=kept.get(node.name),
         )
         for node in measured_nodes(plan)
     }
