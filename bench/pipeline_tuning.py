@@ -70,7 +70,7 @@ def grid(stages: Sequence[str]) -> list[Settings]:
     return found + [Settings(processes=count) for count in range(1, usable_cores() + 1)]
 
 
-def tuning(report: Report, seed: int, cases: Sequence[Case], seconds: float = 1.0) -> None:
+def tuning(report: Report, seed: int, cases: Sequence[Case], seconds: float = 0.8) -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = write(Path(folder), seed=seed)
         shares = [share for case in cases for share in compare(report, case, corpus, seconds)]
