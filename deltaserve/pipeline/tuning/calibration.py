@@ -17,11 +17,13 @@ from deltaserve.pipeline.node import Node
 from deltaserve.pipeline.plan import Plan
 from deltaserve.pipeline.rows import Row
 from deltaserve.pipeline.segments import Leaf, leaves_of
-from deltaserve.pipeline.sources import open_source
-from deltaserve.pipeline.tuning.gil import calibrate
+from deltaserve.pipeline.sources import Source, open_source
+from deltaserve.pipeline.tuning.gil import calibrate, measure
+from deltaserve.pipeline.tuning.program import Line, fit_bandwidth
 from deltaserve.pipeline.tuning.rates import Lone
 from deltaserve.pipeline.tuning.sizing import kept_bytes, rows_at, sample
 
+READERS = (1, 2, 4, 8)
 LISTS = 8
 """Sampled lists that operators are run on."""
 
@@ -30,13 +32,15 @@ LISTS = 8
 class Calibration:
     """lone: of each operator that workers run. transfer: seconds to send a row to another
     process, by the operator that makes it. rows: of each source. bytes: of a cache behind each
-    operator. parts: of fused operators, the share of the time that each part takes."""
+    operator. parts: of fused operators, the share of the time that each part takes. bandwidth: of
+    sources that wait for their files, see `Resources`."""
 
     lone: dict[str, Lone] = field(default_factory=dict)
     transfer: dict[str, float] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, float] = field(default_factory=dict)
     parts: dict[str, dict[str, float]] = field(default_factory=dict)
+    bandwidth: dict[str, list[Line]] = field(default_factory=dict)
 
 
 def calibrated(plan: Plan, seconds: float = 0.2) -> Calibration:
@@ -60,6 +64,8 @@ def _leaf(leaf: Leaf, seconds: float, found: Calibration) -> None:
         if not numbers:
             return
         found.lone[leaf.source.name] = _alone(source.read, numbers, seconds)
+        if lines := _bandwidth(source, numbers, seconds):
+            found.bandwidth[leaf.source.name] = lines
         lists = [rows_at(source, each) for each in numbers]
         found.transfer[leaf.source.name] = _sending(lists)
         calls = []
@@ -84,6 +90,18 @@ def _alone(call: Callable[[Any], Any], lists: list[list[Any]], seconds: float) -
     size = sum(map(len, lists)) / len(lists)
     whole = calibrate(call, lists, seconds)
     return Lone(whole.gil, whole.waited_s / max(size, 1.0))
+
+
+def _bandwidth(source: Source, numbers: list[list[int]], seconds: float) -> list[Line]:
+    """Bytes a second by several numbers of threads; none if it computes more than it waits."""
+    rates = []
+    for threads in READERS:
+        start, before = time.perf_counter(), source.bytes_read
+        usage = measure(source.read, numbers, threads, seconds)
+        rates.append((source.bytes_read - before) / (time.perf_counter() - start))
+        if usage.waited_s < usage.cpu_s or not rates[-1]:
+            return []
+    return fit_bandwidth(READERS, rates)
 
 
 def _shares(node: Node, lists: list[list[Row]]) -> dict[str, float]:
