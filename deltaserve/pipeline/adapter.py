@@ -106,8 +106,15 @@ class LocalExecutor:
             except (RuntimeError, EOFError, OSError) as cause:
                 deaths += 1
                 died = isinstance(cause, EOFError) or any(each in str(cause) for each in DIED)
-                if not died or deaths > DEATHS:
+                if not died:
                     raise
+                if deaths > DEATHS:
+                    raise PipelineError(
+                        f"worker processes died {deaths} times before list {first} of rows came: "
+                        "what they printed says why; if nothing, look at the memory, or use "
+                        "threads. (A script begins what uses processes under "
+                        "if __name__ == '__main__'.)"
+                    ) from cause
                 logger.warning("a worker process died; going on from list %d with new ones", first)
             finally:
                 close_workers(iterator)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from deltaserve.errors import PipelineError
-from deltaserve.pipeline import Plan, open_pipeline
+from deltaserve.pipeline import Plan, adapter, open_pipeline
 from deltaserve.pipeline.compiling import segments
 from deltaserve.pipeline.mixing import Phases, Turns
 from deltaserve.pipeline.segments import CHUNK
@@ -134,6 +134,22 @@ def test_killed_worker_processes_are_replaced(
         found += [row["id"] for row in rows]
     assert found == expected
     assert "a worker process died; going on from list" in caplog.text
+
+
+def deadly(row: dict[str, Any]) -> dict[str, Any]:
+    if row["n"] == 150:
+        os._exit(1)
+    return row
+
+
+def test_rows_that_kill_every_worker_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "DEATHS", 1)
+    told = r"died 2 times before list . of rows came.*__main__"
+    rows = open_pipeline(numbers(tmp_path, 300).map(deadly), processes=1)
+    with rows, pytest.raises(PipelineError, match=told):
+        list(rows)
 
 
 def large(row: dict[str, Any]) -> dict[str, Any]:
