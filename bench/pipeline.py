@@ -4,6 +4,7 @@
     cost     what recording adds
     tuning   tuned settings beside a grid search, from three bad starts, on six pipelines
     drift    the controller: tokenising costs twice as much, then half the demand
+    disk     lines from a disk of 50 to 300 MB/s: the promised rate beside the measured one
     resume   200 cuts at random elements of six pipelines, restored with other workers
 
 Every figure is shown beside what is asked of it.
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deltaserve.bench.pipeline_cases import CASES, Case
+from deltaserve.bench.pipeline_disk import disk
 from deltaserve.bench.pipeline_drift import drift
 from deltaserve.bench.pipeline_planted import naming, overhead
 from deltaserve.bench.pipeline_resume import resume
@@ -29,6 +31,7 @@ PARTS: dict[str, Callable[[Report, int, Sequence[Case]], None]] = {
     "cost": lambda report, seed, cases: overhead(report, seed),
     "tuning": tuning,
     "drift": lambda report, seed, cases: drift(report, seed),
+    "disk": lambda report, seed, cases: disk(report, seed),
     "resume": resume,
 }
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from deltaserve.bench.pipeline_text import Corpus
+from deltaserve.pipeline.consumption import usable_cores
 
 LENGTH, BATCH, ROWS = 1024, 8, 256
 """Tokens of a row, rows of a batch, and conversations that are tokenised and packed together."""
@@ -81,12 +82,18 @@ def pack(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return out
 
 
-def deltaserve(corpus: Corpus, workers: int) -> Iterator[Batch]:
+def deltaserve(corpus: Corpus, workers: int, threads: int = 0) -> Iterator[Batch]:
     from deltaserve.pipeline import Plan, open_pipeline
 
     rows = Plan.from_jsonl(corpus.chats).chat_template(corpus.tokenizer).tokenize(corpus.tokenizer)
-    with open_pipeline(rows.repeat().pack(LENGTH).batch(BATCH), processes=workers) as batches:
+    plan = rows.repeat().pack(LENGTH).batch(BATCH)
+    with open_pipeline(plan, threads=threads, processes=workers) as batches:
         yield from batches
+
+
+def threaded(corpus: Corpus, workers: int) -> Iterator[Batch]:
+    """The same with as many threads as cores, which the others' tokenizers start by themselves."""
+    return deltaserve(corpus, workers, usable_cores())
 
 
 def dataloader(corpus: Corpus, workers: int) -> Iterator[Batch]:
@@ -177,6 +184,7 @@ def ray_data(corpus: Corpus, workers: int) -> Iterator[Batch]:
 
 LOADERS: dict[str, Callable[[Corpus, int], Iterator[Batch]]] = {
     "deltaserve": deltaserve,
+    "threaded": threaded,
     "dataloader": dataloader,
     "grain": grain,
     "ray": ray_data,

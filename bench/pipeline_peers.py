@@ -30,9 +30,10 @@ from deltaserve.bench.pipeline_text import Corpus, existing, write
 from deltaserve.bench.record import record
 
 WARM_UP = 24
-SIDES = ("deltaserve:0", "grain:0", "dataloader:0", "streaming:0",
+SIDES = ("deltaserve:0", "threaded:0", "grain:0", "dataloader:0", "streaming:0",
          "deltaserve:2", "grain:2", "dataloader:2", "ray:2")  # fmt: skip
 """Loaders, with their number of worker processes."""
+OURS = {"deltaserve": "ours", "threaded": "ours in threads"}
 VERSIONS = ("grain", "torch", "datasets", "ray", "tokenizers")
 LIMIT_S = 120.0
 
@@ -177,15 +178,18 @@ def compare(
 def _summary(side: str, turns: dict[str, list[Turn]], failed: dict[str, str]) -> dict[str, Any]:
     if side in failed:
         return {"side": side, "failed": failed[side]}
-    ours = f"deltaserve:{side.split(':')[1]}"
+    loader, workers = side.split(":")
     found: dict[str, Any] = {"side": side, "rounds": len(turns[side])}
     for name in ("tokens_per_s", "cpu_s_per_million", "fill"):
         values = [getattr(each, name) for each in turns[side]]
         found[name] = _spread(values)
-        if side != ours and ours in turns and ours not in failed and name != "fill":
+        for mine, called in OURS.items():
+            ours = f"{mine}:{workers}"
+            if loader in OURS or ours not in turns or ours in failed or name == "fill":
+                continue
             pairs = zip(turns[ours], values, strict=True)
-            ratios = [getattr(mine, name) / value for mine, value in pairs]
-            found[f"{name}, ours / theirs"] = _spread(ratios)
+            ratios = [getattr(each, name) / value for each, value in pairs]
+            found[f"{name}, {called} / theirs"] = _spread(ratios)
     return found
 
 

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltaserve.pipeline.elements import register
     from deltaserve.pipeline.iterator import Pipeline, open_pipeline, prepare
+    from deltaserve.pipeline.parallel import Share
     from deltaserve.pipeline.plan import Plan
 
-__all__ = ["Pipeline", "Plan", "open_pipeline", "prepare", "register"]
+__all__ = ["Pipeline", "Plan", "Share", "open_pipeline", "prepare", "register"]
 _HOMES = {
     "Pipeline": "iterator",
     "Plan": "plan",
+    "Share": "parallel",
     "open_pipeline": "iterator",
     "prepare": "iterator",
     "register": "elements",

@@ -1,4 +1,4 @@
-"""The only module that knows Grain: segments become its datasets, and its workers run them.
+"""The only module that imports Grain: segments become its datasets, and its workers run them.
 
 From Grain come the order of rows (shuffles, repeats, slices, mixes of row numbers without any
 buffer), the pools of threads and processes with results in order, and prefetching with state.
@@ -12,22 +12,20 @@ import copy
 import functools
 import hashlib
 import logging
-import multiprocessing
-import os
-import queue
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import numpy as np
+
 from deltaserve.errors import PipelineError
 from deltaserve.pipeline.mixing import ENDLESS, Phases, Turns
+from deltaserve.pipeline.node import Node
 from deltaserve.pipeline.operators import ELEMENT, OPERATORS, SOURCE
-from deltaserve.pipeline.plan import Node
 from deltaserve.pipeline.rows import Row
 from deltaserve.pipeline.segments import CHUNK, Done, Work, leaves_of
 from deltaserve.pipeline.sources import extra
+from deltaserve.pipeline.workers import DIED, begin_worker, close_workers, notice_deaths
 
 # absl reports through logging that optional parts (jax) are missing.
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -37,10 +35,10 @@ cloudpickle = extra("cloudpickle")  # what Grain sends datasets with
 logger = logging.getLogger(__name__)
 MapDataset: Any = grain.MapDataset
 
-# What Grain says, and multiprocessing if it was in the middle of a message.
-DIED = ("terminated unexpectedly", "got end of file during message")
 # Deaths of worker processes in a row, without a result between, that are mended.
 DEATHS = 3
+# Rows whose order is drawn as a whole, and kept, rather than number by number.
+DRAWN = 1 << 16
 
 
 class Executor(Protocol):
@@ -102,22 +100,29 @@ class LocalExecutor:
             try:
                 for done in iterator:
                     first, deaths = first + 1, 0
-                    _notice_deaths(iterator)
+                    notice_deaths(iterator)
                     yield done
                 return
             except (RuntimeError, EOFError, OSError) as cause:
                 deaths += 1
                 died = isinstance(cause, EOFError) or any(each in str(cause) for each in DIED)
-                if not died or deaths > DEATHS:
+                if not died:
                     raise
+                if deaths > DEATHS:
+                    raise PipelineError(
+                        f"worker processes died {deaths} times before list {first} of rows came: "
+                        "what they printed says why; if nothing, look at the memory, or use "
+                        "threads. (A script begins what uses processes under "
+                        "if __name__ == '__main__'.)"
+                    ) from cause
                 logger.warning("a worker process died; going on from list %d with new ones", first)
             finally:
-                _close(iterator)
+                close_workers(iterator)
                 self._open.remove(iterator)
 
     def close(self) -> None:
         for iterator in self._open:
-            _close(iterator)
+            close_workers(iterator)
 
     def resize(self, threads: int) -> None:
         """Another number of threads, from now on, in iterations that use threads."""
@@ -143,47 +148,11 @@ class LocalExecutor:
                 grain.MultiprocessingOptions(
                     num_workers=workers, per_worker_buffer_size=self.buffer
                 ),
-                worker_init_fn=_begin_worker,
+                worker_init_fn=begin_worker,
             )
         iterator = iter(dataset)
         self._open.append(iterator)
         return iterator
-
-
-def _workers(iterator: Any) -> Iterator[Any]:
-    """Grain's iterators over worker processes, as far as they have begun."""
-    for each in getattr(iterator, "_iterators_in_use", ()):
-        worker = getattr(each, "_maybe_nonnative_parent", None)
-        if worker is not None:
-            yield worker
-
-
-def _notice_deaths(iterator: Any) -> None:
-    """Let the message of a worker that is killed in the middle of it end.
-
-    Grain keeps open the end of the pipe that workers write to, and would wait for the rest.
-    """
-    for worker in _workers(iterator):
-        if not worker._buffer._writer.closed:
-            worker._buffer._writer.close()
-            worker._buffer.get = functools.partial(_received, worker._buffer.get)
-
-
-def _close(iterator: Any) -> None:
-    """Workers hold nothing that would be lost, and take long to end when asked: what they have
-    made ahead must be taken first."""
-    for worker in _workers(iterator):
-        if worker._buffer._writer.closed and worker._prefetch_process is not None:
-            worker._prefetch_process.kill()
-    iterator.close()
-
-
-def _received(get: Any, block: bool = True, timeout: float | None = None) -> Any:
-    try:
-        return get(block, timeout)
-    except (EOFError, OSError):
-        # Grain then looks whether the worker is alive.
-        raise queue.Empty from None
 
 
 def _require_sendable(work: Work) -> None:
@@ -274,11 +243,18 @@ def _seed(seed: object) -> int:
 def _shuffled(below: Any, seed: int, window: int | None) -> Any:
     if not len(below):
         return below
-    if window is None or window >= len(below):
-        if len(below) >= 2**32:
-            raise PipelineError("a shuffle takes less than 2^32 rows: give it a window")
-        return below.shuffle(seed=seed)
-    return _WindowShuffle(below, seed, window)
+    size = min(window or len(below), len(below))
+    if size <= DRAWN or size < len(below):
+        return _WindowShuffle(below, seed, size)
+    if size >= 2**32:
+        raise PipelineError("a shuffle takes less than 2^32 rows: give it a window")
+    return below.shuffle(seed=seed)
+
+
+@functools.lru_cache(maxsize=32)
+def _permutation(seed: int, epoch: int, number: int, size: int) -> np.ndarray:
+    words = [seed, epoch, number]
+    return np.random.Generator(np.random.PCG64(words)).permutation(size).astype(np.int32)
 
 
 class _Keys(MapDataset):
@@ -313,7 +289,11 @@ class _From(MapDataset):
 
 
 class _WindowShuffle(MapDataset):
-    """Like Grain's, which leaves the rows of a last window that is not full out of account."""
+    """Rows in a new order within each window, the last one too, which may not be full.
+
+    Orders of small windows are drawn whole. Grain's shuffle of single numbers (which large ones
+    take) needs a millisecond for each below a hundred, and there keeps neighbours together.
+    """
 
     def __init__(self, parent: Any, seed: int, window: int) -> None:
         super().__init__(parent)
@@ -329,8 +309,10 @@ class _WindowShuffle(MapDataset):
         number, within = divmod(at, self._window)
         start = number * self._window
         size = min(self._window, len(self) - start)
-        seed = _seed(f"{self._shuffle_seed} {epoch} {number}")
-        if size > 1:
+        if size <= DRAWN:
+            within = int(_permutation(self._shuffle_seed, epoch, number, size)[within])
+        else:
+            seed = _seed(f"{self._shuffle_seed} {epoch} {number}")
             within = experimental.index_shuffle(within, max_index=size - 1, seed=seed, rounds=4)
         return self._parent[epoch * len(self) + start + within]
 
@@ -352,25 +334,3 @@ class _Chosen(MapDataset):
         part, row = self._of_pass[position]
         parent = self._parents[part]
         return parent[row + epoch * len(parent)]
-
-
-def _begin_worker(index: int, count: int) -> None:
-    # Ctrl-C reaches the whole group; the consumer is the one to react, and tells the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_parent()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed must not wait for ever.
-
-    Not by prctl's signal, which comes when the *thread* that started the worker ends: on every
-    close, in the middle of a message, for the rest of which the consumer would wait.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=wait, daemon=True).start()

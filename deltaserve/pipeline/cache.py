@@ -22,8 +22,8 @@ from typing import Any
 
 from deltaserve.errors import PipelineError
 from deltaserve.pipeline.code import describe
+from deltaserve.pipeline.node import UNIDENTIFIED, Node
 from deltaserve.pipeline.operators import OPERATORS
-from deltaserve.pipeline.plan import UNIDENTIFIED, Node
 from deltaserve.pipeline.room import USED, make_room
 from deltaserve.pipeline.rows import Key, Row
 from deltaserve.pipeline.shards import (

@@ -8,14 +8,14 @@ from typing import Any
 from deltaserve.pipeline import adapter
 from deltaserve.pipeline.batching import Batch, Bucket
 from deltaserve.pipeline.elements import element
+from deltaserve.pipeline.joins import Interleave, Mix
+from deltaserve.pipeline.node import Node
 from deltaserve.pipeline.operators import ELEMENT, OPERATORS, SOURCE
 from deltaserve.pipeline.packing import Pack
-from deltaserve.pipeline.plan import Node, Plan
+from deltaserve.pipeline.plan import Plan
 from deltaserve.pipeline.segments import Probe, Work, in_segment
 from deltaserve.pipeline.streams import (
     ElementStream,
-    Interleave,
-    Mix,
     Repeat,
     SegmentStream,
     Stream,

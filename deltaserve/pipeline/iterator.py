@@ -10,7 +10,8 @@ from deltaserve.errors import PipelineError
 from deltaserve.pipeline.adapter import Executor, LocalExecutor, Segment
 from deltaserve.pipeline.cache import settings_of
 from deltaserve.pipeline.compiling import Compiler
-from deltaserve.pipeline.plan import Node, Plan
+from deltaserve.pipeline.node import Node
+from deltaserve.pipeline.plan import Plan
 from deltaserve.pipeline.rewrites import rewrite
 from deltaserve.pipeline.rows import Row
 from deltaserve.pipeline.segments import Probe, in_segment

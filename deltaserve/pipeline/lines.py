@@ -41,6 +41,10 @@ class LineFile:
     def __len__(self) -> int:
         return len(self._starts)
 
+    def size(self, at: int) -> int:
+        """Bytes of line ``at``, with its end."""
+        return int(self._ends[at] - self._starts[at])
+
     def read(self, at: int) -> bytes:
         """Line ``at`` (from 0, blank lines not counted), without its end."""
         start, end = int(self._starts[at]), int(self._ends[at])

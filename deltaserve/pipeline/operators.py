@@ -120,7 +120,7 @@ OPERATORS = {
     "tokenize": Operator(ELEMENT, attributes=ROWWISE),
     "fused": Operator(ELEMENT, attributes=ROWWISE, one_to_one=False),
     "cache": Operator(ELEMENT, attributes=ROWWISE),
-    "shuffle": Operator(INDEX, check=_positive("window")),
+    "shuffle": Operator(INDEX, version=2, check=_positive("window")),
     "repeat": Operator(INDEX, check=_positive("epochs")),
     "take": Operator(INDEX, check=_take),
     "mix": Operator(INDEX, check=_mix, many=True),

@@ -9,7 +9,7 @@ import numpy as np
 
 from deltaserve.errors import PipelineError
 from deltaserve.pipeline.lines import files_of
-from deltaserve.pipeline.plan import Node
+from deltaserve.pipeline.node import Node
 from deltaserve.pipeline.sources import JSON_SUFFIXES, KINDS, extra
 
 

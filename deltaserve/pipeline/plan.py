@@ -6,47 +6,21 @@ YAML and compiled by the adapter; every builder returns a new plan.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from deltaserve.errors import PipelineError
-from deltaserve.pipeline.code import describe
-from deltaserve.pipeline.operators import OPERATORS, Attributes
+from deltaserve.pipeline.node import Node, node_of
+from deltaserve.pipeline.operators import Attributes
 from deltaserve.pipeline.printing import tree
 
 if TYPE_CHECKING:
     from deltaserve.pipeline.specs import Spec
 
 Paths = str | Path | Sequence[str | Path]
-# Seeds decide the order, not the contents; how many texts a call takes, neither.
-UNIDENTIFIED = ("seed", "together")
-
-
-@dataclass(frozen=True, eq=False)
-class Node:
-    """One operator. ``name`` is unique within its plan."""
-
-    op: str
-    params: Mapping[str, Any] = field(default_factory=dict)
-    inputs: tuple[Node, ...] = ()
-    name: str = ""
-    attributes: Attributes = field(default_factory=Attributes)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
-
-    def fingerprint(self, *, seeds: bool = False) -> str:
-        """A hash of this operator and all below it; names are left out."""
-        shown = {k: v for k, v in self.params.items() if seeds or k not in UNIDENTIFIED}
-        below = [node.fingerprint(seeds=seeds) for node in self.inputs]
-        version = OPERATORS[self.op].version
-        text = f"{self.op} {version} {describe(shown)} {self.attributes} {below}"
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,28 +35,30 @@ class Plan:
     def from_jsonl(cls, paths: Paths, *, on_error: str = "raise") -> Plan:
         """One JSON object a line. on_error: what happens at a broken line, "raise" or "skip"
         (skipped rows are counted by the iterator)."""
-        return cls(_node("jsonl", {"paths": _paths(paths), "on_error": on_error}))
+        return cls(node_of("jsonl", {"paths": _paths(paths), "on_error": on_error}))
 
     @classmethod
     def from_parquet(cls, paths: Paths, *, columns: Sequence[str] | None = None) -> Plan:
-        return cls(_node("parquet", {"paths": _paths(paths), "columns": _tuple(columns)}))
+        return cls(node_of("parquet", {"paths": _paths(paths), "columns": _tuple(columns)}))
 
     @classmethod
     def from_dataset(cls, dataset: Any) -> Plan:
         """A ``datasets.Dataset``, or the directory that its save_to_disk wrote."""
         path = str(dataset) if isinstance(dataset, (str, Path)) else None
-        return cls(_node("dataset", {"path": path} if path else {"dataset": dataset}))
+        return cls(node_of("dataset", {"path": path} if path else {"dataset": dataset}))
 
     @classmethod
     def from_text(cls, paths: Paths, *, by: str = "line") -> Plan:
         """Text files; a row {"text"} is a line, or a whole file with by="file"."""
-        return cls(_node("text", {"paths": _paths(paths), "by": by}))
+        return cls(node_of("text", {"paths": _paths(paths), "by": by}))
 
     @classmethod
     def from_tokens(cls, paths: Paths, *, length: int, dtype: str = "uint16") -> Plan:
         """Shards of token ids (.npy, or raw numbers of ``dtype``), memory-mapped; a row
         {"input_ids"} is ``length`` tokens of one shard, its last may be shorter."""
-        return cls(_node("tokens", {"paths": _paths(paths), "length": int(length), "dtype": dtype}))
+        return cls(
+            node_of("tokens", {"paths": _paths(paths), "length": int(length), "dtype": dtype})
+        )
 
     @classmethod
     def from_index(cls, selection: str | Path | Sequence[Any], source: Plan) -> Plan:
@@ -96,7 +72,7 @@ class Plan:
         given: Any = (
             str(selection) if isinstance(selection, (str, Path)) else tuple(map(_plain, selection))
         )
-        return cls(_node("index", {"selection": given}, (source.root,)))
+        return cls(node_of("index", {"selection": given}, (source.root,)))
 
     @classmethod
     def mix(
@@ -114,12 +90,12 @@ class Plan:
         pairs = list(parts.items() if isinstance(parts, Mapping) else parts)
         nodes = tuple(plan.root for plan, _ in pairs)
         weights = tuple(float(weight) for _, weight in pairs)
-        return cls(_node("mix", {"weights": weights, "seed": seed, "stop": stop}, nodes))
+        return cls(node_of("mix", {"weights": weights, "seed": seed, "stop": stop}, nodes))
 
     @classmethod
     def interleave(cls, parts: Sequence[Plan], *, block: int = 1) -> Plan:
         """``block`` rows of each plan in turn, until all have ended."""
-        return cls(_node("interleave", {"block": block}, tuple(plan.root for plan in parts)))
+        return cls(node_of("interleave", {"block": block}, tuple(plan.root for plan in parts)))
 
     # ---- rows
 
@@ -346,19 +322,7 @@ class Plan:
         attributes: Attributes | None = None,
         name: str | None = None,
     ) -> Plan:
-        return Plan(_node(op, params, (self.root,), attributes, name))
-
-
-def _node(
-    op: str,
-    params: Mapping[str, Any],
-    inputs: tuple[Node, ...] = (),
-    attributes: Attributes | None = None,
-    name: str | None = None,
-) -> Node:
-    operator = OPERATORS[op]
-    operator.require(params, len(inputs))
-    return Node(op, params, inputs, name or "", attributes or operator.attributes)
+        return Plan(node_of(op, params, (self.root,), attributes, name))
 
 
 def _paths(paths: Paths) -> tuple[str, ...]:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from deltaserve.errors import ConfigError, PipelineError
+from deltaserve.pipeline.node import Node
 from deltaserve.pipeline.operators import OPERATORS, SOURCE
-from deltaserve.pipeline.plan import Node, Plan
+from deltaserve.pipeline.plan import Plan
 from deltaserve.yaml_file import read_yaml
 
 SOURCES: Mapping[str, Callable[..., Plan]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deltaserve.pipeline.plan import Node
+    from deltaserve.pipeline.node import Node
 
 
 def tree(node: Node, indent: str) -> list[str]:

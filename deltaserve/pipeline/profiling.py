@@ -11,7 +11,8 @@ from deltaserve.pipeline.cache import settings_of
 from deltaserve.pipeline.compiling import segment_roots
 from deltaserve.pipeline.consumption import Consumption
 from deltaserve.pipeline.iterator import Pipeline, prepare, stream_fingerprint
-from deltaserve.pipeline.plan import Node, Plan
+from deltaserve.pipeline.node import Node
+from deltaserve.pipeline.plan import Plan
 from deltaserve.pipeline.segments import CHUNK, Done, in_segment
 from deltaserve.pipeline.trace import OperatorFigures, Trace
 from deltaserve.pipeline.tracing import Recorder, make_trace
@@ -38,6 +39,7 @@ class StageExecutor:
         self.names = segment_names(plan)
         self._tops = {stage: name for name, stage in _tops(plan)}
         self.handed: Counter[str] = Counter()
+        self._lists: Counter[str] = Counter()
         self._recorder = recorder
         self._each = {
             name: LocalExecutor(
@@ -61,6 +63,14 @@ class StageExecutor:
     def buffer(self, stage: str) -> int:
         return self.workers(stage) * self._each[stage].buffer
 
+    def settled(self) -> bool:
+        """Whether all workers' buffers hold what they hold while the plan runs on: what was made
+        before anybody asked is handed on, or the buffer is full."""
+        return all(
+            max(self._lists[name], self._each[name].ready()) >= self.buffer(name)
+            for name in self.names
+        )
+
     def close(self) -> None:
         for each in self._each.values():
             each.close()
@@ -81,6 +91,7 @@ class StageExecutor:
                 if done is None:
                     return
                 self.handed[name] += len(done.rows)
+                self._lists[name] += 1
                 yield done
         finally:
             lists.close()
@@ -121,9 +132,9 @@ class Profiled:
         self.consumed.given()
         return element
 
-    def start_clock(self) -> None:
-        """From now on the consumer counts: workers that start are no steady state."""
-        self.consumed = Consumption()
+    def settled(self) -> bool:
+        """Whether the rate of elements is that of making them; known with a recorder."""
+        return self._executor.settled()
 
     @property
     def skipped(self) -> int:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from deltaserve.pipeline.node import Node
 from deltaserve.pipeline.operators import ELEMENT, OPERATORS, STREAM
-from deltaserve.pipeline.plan import Node, Plan
+from deltaserve.pipeline.plan import Plan
 from deltaserve.pipeline.segments import CHUNK, in_segment
 
 # Elements that an injected prefetch holds ready.

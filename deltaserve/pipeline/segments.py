@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from deltaserve.pipeline.elements import Element, element
+from deltaserve.pipeline.node import Node
 from deltaserve.pipeline.operators import ELEMENT, INDEX, OPERATORS, SOURCE
-from deltaserve.pipeline.plan import Node
 from deltaserve.pipeline.rows import Key, Row, RowError
 from deltaserve.pipeline.sources import Source, open_source
 

@@ -31,6 +31,10 @@ class Selected(Source):
         self.bytes_read = self._source.bytes_read
         return rows
 
+    def weight(self, indices: Sequence[int] | None = None) -> float:
+        rows = self._rows if indices is None else self._rows[list(indices)]
+        return self._source.weight(rows.tolist())
+
     def digest(self) -> str:
         return f"{self._source.digest()} {hashlib.sha256(self._rows.tobytes()).hexdigest()}"
 

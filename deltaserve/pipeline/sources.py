@@ -41,6 +41,11 @@ class Source(ABC):
         """The rows; None for one that is skipped because it is broken. Raises PipelineError
         naming the file and the line or row."""
 
+    def weight(self, indices: Sequence[int] | None = None) -> float:
+        """How much of the source these rows are (None: all): bytes where they are lines of files,
+        else their number."""
+        return float(len(self) if indices is None else len(indices))
+
     def where(self, index: int) -> str:
         """The file and line of a row, or nothing if that is not known."""
         return ""
@@ -73,6 +78,12 @@ class _Files(Source):
     def where(self, index: int) -> str:
         file, at = self._place(index)
         return f"{self.files[file]}, row {at}"
+
+    def _line_weight(self, lines: list[LineFile], indices: Sequence[int] | None) -> float:
+        if indices is None:
+            return float(sum(each.bytes for each in lines))
+        places = map(self._place, indices)
+        return float(sum(lines[file].size(at) for file, at in places))
 
     def digest(self) -> str:
         hashed = hashlib.sha256()
@@ -110,6 +121,9 @@ class JsonLines(_Files):
             return None
         raise PipelineError(f'{lines.where(at)}: {wrong} (on_error="skip" passes over such lines)')
 
+    def weight(self, indices: Sequence[int] | None = None) -> float:
+        return self._line_weight(self._lines, indices)
+
     def where(self, index: int) -> str:
         file, at = self._place(index)
         return self._lines[file].where(at)
@@ -139,6 +153,9 @@ class Text(_Files):
             return {"text": raw.decode()}
         except UnicodeDecodeError as cause:
             raise PipelineError(f"{self.where(index)}: not UTF-8: {cause}") from None
+
+    def weight(self, indices: Sequence[int] | None = None) -> float:
+        return self._line_weight(self._lines, indices) if self._lines else super().weight(indices)
 
     def where(self, index: int) -> str:
         file, at = self._place(index)

@@ -12,9 +12,10 @@ from typing import Any
 
 from deltaserve.errors import PipelineError
 from deltaserve.pipeline.elements import resolve, takes_rng
+from deltaserve.pipeline.node import Node
 from deltaserve.pipeline.operators import ELEMENT, OPERATORS, SOURCE
 from deltaserve.pipeline.peek import first_row
-from deltaserve.pipeline.plan import Node, Plan
+from deltaserve.pipeline.plan import Plan
 from deltaserve.pipeline.segments import in_segment
 
 ROW, PACKED, BATCH = "a row", "a packed row", "a batch"

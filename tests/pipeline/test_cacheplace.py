@@ -31,6 +31,14 @@ def text(**tokenise):
     return found, natures
 
 
+def test_a_size_that_is_known_counts_more_than_what_a_trace_saw():
+    found, natures = text(bytes=1e6)
+    assert places(found, natures)["tokenise"].bytes == 1e6
+    assert [each.name for each in place(found, natures, memory=1e6)] == ["filter"]
+    found, natures = text(bytes=float("inf"))  # its rows cannot be kept
+    assert [each.name for each in place(found, natures, memory=1e9)] == ["filter"]
+
+
 def test_nearest_the_root_but_never_above_a_random_operator():
     found, natures = text()
     assert [each.name for each in place(found, natures, memory=1e9)] == ["tokenise"]

@@ -17,9 +17,10 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2
 
 from deltaserve.errors import PipelineError
-from deltaserve.pipeline import Plan, open_pipeline
+from deltaserve.pipeline import Plan, adapter, open_pipeline
 from deltaserve.pipeline.compiling import segments
 from deltaserve.pipeline.mixing import Phases, Turns
 from deltaserve.pipeline.segments import CHUNK
@@ -84,6 +85,26 @@ def test_shuffles_are_permutations_that_change_with_epoch_and_seed(tmp_path: Pat
         assert abs(sum(abs(n - at) for at, n in enumerate(order)) / 1000 - 333) < 60
 
 
+@pytest.mark.parametrize("window", [None, 32])
+def test_every_row_comes_at_every_place_as_often(tmp_path: Path, window: int | None) -> None:
+    """Chi-square over the places of all rows in many epochs, which are as many seeds: 8 places of
+    64 / 8 or 32 / 8 rows. Of permutations it has n - 1 times 8 - 1 degrees of freedom, for n rows
+    (of each window)."""
+    rows, epochs, places = 64, 400, 8
+    size = window or rows
+    order = np.array(values(numbers(tmp_path, rows).shuffle(5, window=window).repeat(epochs), "n"))
+    where = np.argsort(order.reshape(epochs, rows), axis=1) % size * places // size
+    counts = np.stack([(where == place).sum(axis=0) for place in range(places)])
+    expected = epochs / places
+    statistic = ((counts - expected) ** 2 / expected).sum() * (size - 1) / size
+    freedom = (rows // size) * (size - 1) * (places - 1)
+    low, high = chi2.ppf([0.001, 0.999], freedom)
+    assert low < statistic < high
+    # Rows do not stay together either: a neighbour follows as often as any other row.
+    follows = (np.diff(order.reshape(epochs, rows), axis=1) == 1).mean()
+    assert follows == pytest.approx(1 / size, rel=0.15)
+
+
 @pytest.mark.parametrize("count", [1, 7, 64, 100])
 def test_a_window_moves_rows_within_it(tmp_path: Path, count: int) -> None:
     order = values(numbers(tmp_path, count).shuffle(3, window=10), "n")
@@ -113,6 +134,22 @@ def test_killed_worker_processes_are_replaced(
         found += [row["id"] for row in rows]
     assert found == expected
     assert "a worker process died; going on from list" in caplog.text
+
+
+def deadly(row: dict[str, Any]) -> dict[str, Any]:
+    if row["n"] == 150:
+        os._exit(1)
+    return row
+
+
+def test_rows_that_kill_every_worker_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "DEATHS", 1)
+    told = r"died 2 times before list . of rows came.*__main__"
+    rows = open_pipeline(numbers(tmp_path, 300).map(deadly), processes=1)
+    with rows, pytest.raises(PipelineError, match=told):
+        list(rows)
 
 
 def large(row: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,9 @@ def documents(batch: Batch) -> Iterator[tuple[int, ...]]:
             yield tuple(ids[segments == number].tolist())
 
 
-@pytest.mark.parametrize("side", ["deltaserve:0", "grain:0", "dataloader:0", "streaming:0"])
+@pytest.mark.parametrize(
+    "side", ["deltaserve:0", "threaded:0", "grain:0", "dataloader:0", "streaming:0"]
+)
 def test_all_give_the_same_documents(corpus: Corpus, side: str) -> None:
     """In three passes over the data each document comes, whole, and nothing else does."""
     messages = [row["messages"] for row in JsonLines((str(corpus.chats),)).read(range(300))]

@@ -60,10 +60,11 @@ def test_a_slow_map_is_named_wherever_it_runs(lines: Path, workers: Settings) ->
 
 def test_what_the_plan_says_of_its_operators(lines: Path) -> None:
     plan = Plan.from_jsonl([str(lines)]).shuffle(seed=1).map(quick).batch(8).named()
-    found = natures(plan, {"jsonl": 5000})
+    found = natures(plan, {"jsonl": 5000}, {"map": 9.0})
     assert list(found) == ["jsonl", "map", "batch"]  # a shuffle only orders numbers
     assert found["map"].inputs == ("jsonl",)
     assert found["jsonl"].rows == 5000
+    assert (found["jsonl"].bytes, found["map"].bytes) == (None, 9.0)
     assert found["batch"].reorders
     assert not found["map"].reorders
 

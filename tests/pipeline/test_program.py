@@ -45,6 +45,13 @@ def test_waiting_needs_threads_not_cores():
     assert 20 <= found.threads["fetch"] <= 26
 
 
+def test_threads_to_spare_only_where_they_could_run():
+    busy = allocate(plan(op("native", 8)), Resources(cores=4))
+    assert busy.threads["native"] == 4
+    waiting = allocate(plan(op("fetch", 4, 12)), Resources(cores=4))
+    assert waiting.threads["fetch"] == 19  # 16, and a quarter of the 12 that wait
+
+
 def test_a_cheap_stage_beside_a_dear_one_is_not_starved():
     """95 to 1: exact shares would leave the cheap one with one thread at its limit."""
     found = allocate(plan(op("dear", 95), op("cheap", 1)), Resources(cores=96, max_threads=200))

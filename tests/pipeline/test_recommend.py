@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 
+from deltaserve.pipeline import consumption
 from deltaserve.pipeline.tuning.cacheplace import Nature
 from deltaserve.pipeline.tuning.picture import draw, write
 from deltaserve.pipeline.tuning.program import Resources
 from deltaserve.pipeline.tuning.recommend import advise
 from deltaserve.pipeline.tuning.settings import Settings
-from deltaserve.pipeline.tuning.tune import tune
+from deltaserve.pipeline.tuning.tune import run_traced, tune
 from tests.pipeline.figures import chain
 
 NATURES = {
@@ -51,39 +53,99 @@ def test_a_second_epoch_makes_a_cache_pay_and_frees_the_cores():
     assert advice.allocation.rate < 400  # until it is filled
 
 
-class Runs:
-    """A pipeline that gives so many elements in a second with so many threads."""
+@pytest.fixture
+def clock(monkeypatch):
+    """What consumers go by, in seconds."""
+    now = SimpleNamespace(s=0.0)
+    timer = SimpleNamespace(perf_counter_ns=lambda: round(now.s * 1e9))
+    monkeypatch.setattr(consumption, "time", timer)
+    return now
 
-    def __init__(self, elements):
-        self.elements = elements
+
+class Runs:
+    """A pipeline whose n-th element comes after ``waits(n)`` seconds, and that has settled once
+    so many are out; ``rate`` is what its trace says, if given."""
+
+    def __init__(self, clock, waits=lambda number: 0.01, unsettled=0, rate=None):
+        self.clock, self.waits, self.unsettled, self.rate = clock, waits, unsettled, rate
+        self.consumed, self.given = consumption.Consumption(), 0
 
     def __next__(self):
+        self.consumed.asked()
+        self.clock.s += self.waits(self.given)
+        self.given += 1
+        self.consumed.given()
         return {}
 
-    def start_clock(self):
-        pass
+    def settled(self):
+        return self.given >= self.unsettled
 
     def close(self):
         pass
 
     def trace(self):
-        return chain({"name": "read", "cpu": 1}, elements=self.elements, wall_ms=1000.0, cores=4)
+        wall, elements = self.consumed.wall_ns / 1e6, self.consumed.elements
+        if self.rate is not None:
+            wall, elements = 1000.0, self.rate
+        return chain({"name": "read", "cpu": 1}, elements=elements, wall_ms=wall, cores=4)
+
+
+def tuned(clock, rate):
+    """From sixteen threads; rate: of so many threads. Four are advised."""
+    return tune(
+        lambda settings: Runs(clock, rate=rate(settings.workers("read"))),
+        Settings({"read": 16}),
+        ["read"],
+        Resources(cores=4, locked=False),
+        seconds=0.1,
+    )
 
 
 @pytest.mark.parametrize(
     ("rates", "threads"),
-    [({16: 200, 1: 224, 5: 193}, 1), ({16: 200, 1: 224, 5: 300}, 5), ({16: 400, 1: 9, 5: 9}, 16)],
+    [({16: 200, 1: 224, 4: 193}, 1), ({16: 200, 1: 224, 4: 300}, 4), ({16: 400, 1: 9, 4: 9}, 16)],
 )
-def test_the_fastest_of_three_traces_is_kept(rates, threads):
-    found = tune(
-        lambda settings: Runs(rates[settings.workers("read")]),
-        Settings({"read": 16}),
-        ["read"],
-        Resources(cores=4, locked=False),
-        elements=1,
-    )
+def test_the_fastest_is_kept(clock, rates, threads):
+    found = tuned(clock, rates.__getitem__)
     assert found.settings.threads == {"read": threads}
     assert found.rate == rates[threads]
+    assert len(found.traces) == 3
+
+
+@pytest.mark.parametrize("later", [[300], [100, 300], [100, 100, 300]])
+def test_a_bad_moment_during_a_trace_does_not_decide(clock, later):
+    """The advised setting is traced while the machine has other work."""
+    four = iter([50, *later])
+    found = tuned(clock, lambda threads: next(four) if threads == 4 else 200)
+    assert found.settings.threads == {"read": 4}
+
+
+def test_as_many_threads_as_cores_are_tried_too(clock):
+    """Two are advised to what is taken to hold the lock all the time."""
+    found = tune(
+        lambda settings: Runs(clock, rate=300 if settings.workers("read") == 4 else 100),
+        Settings({"read": 1}),
+        ["read"],
+        Resources(cores=4),
+        seconds=0.1,
+    )
+    assert found.settings.threads == {"read": 4}
+    assert found.rate == 300
+
+
+def test_what_was_made_before_anybody_asked_is_no_rate(clock):
+    stocked = Runs(clock, lambda number: 0.01 if number >= 100 else 0.003, unsettled=100)
+    assert run_traced(stocked, seconds=0.2).rate == pytest.approx(100)
+
+
+@pytest.mark.parametrize("unsettled", [0, 21, 25, 29])
+def test_bursts_count_whole(clock, unsettled):
+    bursts = Runs(clock, lambda number: 0.0 if number % 10 else 0.1, unsettled)
+    assert run_traced(bursts, seconds=0.25).rate == pytest.approx(100)
+
+
+def test_a_pipeline_that_does_not_settle_is_measured_all_the_same(clock):
+    assert run_traced(Runs(clock, unsettled=10**9), seconds=0.2).rate == pytest.approx(100)
 
 
 def test_the_picture_is_one_valid_file(tmp_path):

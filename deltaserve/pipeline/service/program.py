@@ -17,7 +17,8 @@ from deltaserve.pipeline.batching import Batch
 from deltaserve.pipeline.cache import settings_of
 from deltaserve.pipeline.compiling import segments
 from deltaserve.pipeline.iterator import Pipeline, prepare, stream_fingerprint
-from deltaserve.pipeline.plan import Node, Plan
+from deltaserve.pipeline.node import Node
+from deltaserve.pipeline.plan import Plan
 from deltaserve.pipeline.rows import Row
 from deltaserve.pipeline.segments import Done
 from deltaserve.pipeline.service.ledger import JobSpec

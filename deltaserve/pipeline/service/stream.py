@@ -126,10 +126,11 @@ class ServiceStream:
         if not (saved is None and self._whole):
             for name in mine:
                 if (saved or {}).get(name) != mine[name]:
+                    more = "; only in lockstep may it change" if name == "consumers" else ""
                     raise ServiceError(
                         f"the saved state has {name} {(saved or {}).get(name)!r}, this job "
                         f"{mine[name]!r}; restore it with the plan and the options that it was "
-                        "saved with"
+                        f"saved with{more}"
                     )
         if not self.spec.relaxed:
             self._elements.set_state(state)
@@ -160,8 +161,11 @@ class ServiceStream:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the stream that it is restored to. A job's name,
-        too: what a consumer was granted belongs to it (ordered ranges do not)."""
+        too: what a consumer was granted belongs to it (ordered ranges do not). In lockstep all
+        consumers of every job have the same elements, however many there are."""
         spec = self.spec
+        if spec.mode == "lockstep":
+            return {"stream": spec.stream, "mode": spec.mode}
         identity = {
             "stream": spec.stream,
             "mode": spec.mode,

@@ -1,10 +1,10 @@
 """Where a cache pays: as near to the root as is legal and fits.
 
 Never above a random operator (every epoch would see the same draw), nor above one that declares
-itself not deterministic or repeats without end; sizes are estimated from the elements that a
-trace saw (Plumber, MLSys 2022, section 4.4). On a chain the legal operator nearest the root
-that fits is best; where streams join, every set of caches that do not lie below one another
-is a candidate and the one that saves most CPU time wins.
+itself not deterministic or repeats without end; sizes are estimated from a sample of rows, or
+from the elements that a trace saw (Plumber, MLSys 2022, section 4.4). On a chain the legal
+operator nearest the root that fits is best; where streams join, every set of caches that do not
+lie below one another is a candidate and the one that saves most CPU time wins.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Nature:
-    """What the plan declares of an operator; rows: of a source, if known."""
+    """What the plan declares of an operator; rows: of a source, if known. bytes: of a cache behind
+    it, if known; else they follow from the elements that a trace saw."""
 
     inputs: tuple[str, ...] = ()
     random: bool = False
@@ -40,6 +41,7 @@ class Nature:
     endless: bool = False
     reorders: bool = False
     rows: int | None = None
+    bytes: float | None = None
 
 
 def places(
@@ -56,7 +58,9 @@ def places(
         own = demand.cpu_s + demand.waited_s
         below[name] = own + sum(below[i] for i in nature.inputs)
         why = _reason(name, natures)
-        size = _elements(name, found, natures) * demand.element_bytes
+        size = nature.bytes
+        if size is None:
+            size = _elements(name, found, natures) * demand.element_bytes
         saved = below[name] - read_s(demand.element_bytes * demand.visits)
         made[name] = Place(name, not why, size, saved, why)
     return made

@@ -15,7 +15,7 @@ from deltaserve.pipeline.iterator import prepare
 from deltaserve.pipeline.plan import Plan
 from deltaserve.pipeline.profiling import Profiled, segment_names
 from deltaserve.pipeline.trace import Trace
-from deltaserve.pipeline.tuning.calibration import calibrated
+from deltaserve.pipeline.tuning.calibration import Calibration, calibrated
 from deltaserve.pipeline.tuning.controller import Controller
 from deltaserve.pipeline.tuning.online import Autotuner
 from deltaserve.pipeline.tuning.program import Resources
@@ -49,14 +49,14 @@ class Workload:
         return {
             "lone": alone.lone,
             # What has a cache needs no advice where to put one.
-            "natures": {} if _cached(prepared) else natures(prepared, alone.rows),
+            "natures": {} if _cached(prepared) else natures(prepared, alone.rows, alone.bytes),
             "epochs": epochs(prepared),
             "by": self.by,
             "parts": alone.parts,
-            "resources": self._resources(alone.transfer),
+            "resources": self._resources(alone),
         }
 
-    def _resources(self, transfer: dict[str, float]) -> Resources:
+    def _resources(self, alone: Calibration) -> Resources:
         import psutil
 
         folder = settings_of(self.cache)
@@ -69,7 +69,8 @@ class Workload:
             max_threads=self.max_threads,
             max_processes=usable_cores(),
             process_bytes=psutil.Process().memory_info().rss,
-            transfer=transfer,
+            transfer=alone.transfer,
+            bandwidth=alone.bandwidth,
         )
 
 

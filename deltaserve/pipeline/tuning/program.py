@@ -198,19 +198,22 @@ class _Program:
         least = self._solve(np.array([0.0] + [1.0] * count), ranges)
         values = fastest if least is None else least
         exact = dict(zip(self.stages, map(float, values[1:]), strict=True))
-        threads = self._whole(exact)
+        limits = self._limits(fastest)
+        threads = self._whole(exact, "cores" in limits)
         rate = float(fastest[0])
         buffers = {stage: 0 if self.serial(stage) else 2 * threads[stage] for stage in self.stages}
-        return Allocation(rate, threads, exact, buffers, self.processes, self._limits(fastest))
+        return Allocation(rate, threads, exact, buffers, self.processes, limits)
 
-    def _whole(self, exact: Mapping[str, float]) -> dict[str, int]:
-        """Rounded up, hedged, within memory."""
+    def _whole(self, exact: Mapping[str, float], busy: bool) -> dict[str, int]:
+        """Rounded up, hedged, within memory. busy: the cores are what limits, so that only
+        threads that wait are worth some to spare."""
         whole = {}
         for stage, value in exact.items():
             if self.serial(stage) or stage in self.resources.fixed:
                 whole[stage] = int(self.resources.fixed.get(stage, 1))
             else:
-                wanted = max(HEDGE, math.ceil(value * SPARE - 1e-6))
+                spare = (SPARE - 1) * value * (self._waiting(stage) if busy else 1.0)
+                wanted = max(HEDGE, math.ceil(value + spare - 1e-6))
                 whole[stage] = self.processes or min(self.resources.max_threads, wanted)
         spent = sum(whole[stage] * self.thread_bytes(stage) for stage in whole)
         left = self.resources.memory - self.processes * self.resources.process_bytes
@@ -221,6 +224,11 @@ class _Program:
             whole[most] -= 1
             spent -= self.thread_bytes(most)
         return whole
+
+    def _waiting(self, stage: str) -> float:
+        """Share of its threads' time."""
+        held = sum(each.held_s for each in self.of(stage))
+        return sum(each.waited_s for each in self.of(stage)) / held if held else 0.0
 
     def _limits(self, values: np.ndarray) -> tuple[str, ...]:
         binding = []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deltaserve.errors import PipelineError
+from deltaserve.pipeline.node import Node
 from deltaserve.pipeline.operators import ELEMENT, OPERATORS, SOURCE
-from deltaserve.pipeline.plan import Node, Plan
+from deltaserve.pipeline.plan import Plan
 from deltaserve.pipeline.segments import in_segment
 from deltaserve.pipeline.tuning.cacheplace import Nature
 
@@ -25,6 +26,11 @@ class Settings:
 
     def workers(self, stage: str) -> int:
         return self.processes or self.threads.get(stage, 1)
+
+    def same_workers(self, other: Settings, stages: Sequence[str]) -> bool:
+        return bool(self.processes) == bool(other.processes) and all(
+            self.workers(stage) == other.workers(stage) for stage in stages
+        )
 
     def __str__(self) -> str:
         each = [f"{stage}: {threads} threads" for stage, threads in self.threads.items()]
@@ -77,10 +83,10 @@ def epochs(plan: Plan) -> float:
     return times
 
 
-def natures(plan: Plan, rows: Mapping[str, int]) -> dict[str, Nature]:
+def natures(plan: Plan, rows: Mapping[str, int], kept: Mapping[str, float]) -> dict[str, Nature]:
     """What the plan declares of its operators, for the placement of caches; rows: of each
-    source. Shuffles and repeats in a segment only order row numbers, so a cache below or above
-    them is the same."""
+    source; kept: bytes of a cache behind an operator, where known. Shuffles and repeats in a
+    segment only order row numbers, so a cache below or above them is the same."""
     return {
         node.name: Nature(
             tuple(below.name for below in measured_inputs(node)),
@@ -88,6 +94,7 @@ def natures(plan: Plan, rows: Mapping[str, int]) -> dict[str, Nature]:
             deterministic=node.attributes.deterministic,
             reorders=not can_keep(node),
             rows=rows.get(node.name),
+            bytes=kept.get(node.name),
         )
         for node in measured_nodes(plan)
     }

@@ -13,6 +13,7 @@ import pytest
 
 from deltaserve.errors import PipelineError, ServiceError
 from deltaserve.pipeline import Plan, open_pipeline
+from deltaserve.pipeline.parallel import Share
 from deltaserve.pipeline.service.program import HostedOptions
 from deltaserve.pipeline.service.stream import JobOptions, ServiceStream
 from tests.pipeline.service.fake import Cluster, direct, flat, numbers
@@ -193,7 +194,10 @@ def test_a_state_of_another_job_is_refused(cluster):
         next(stream)
         state = stream.get_state()
     other = open_(cluster, numbers(cluster.folder, 700), consumers=2)
-    with other as stream, pytest.raises(ServiceError, match="consumers 1, this job 2"):
+    with (
+        other as stream,
+        pytest.raises(ServiceError, match=r"consumers 1, this job 2.*only in lockstep"),
+    ):
         stream.set_state(state)
     with open_(cluster, numbers(cluster.folder, 701)) as stream:
         with pytest.raises(PipelineError, match="has stream"):
@@ -251,6 +255,30 @@ def test_lockstep_survives_its_host_and_its_dispatcher_and_a_return(cluster):
     seen = _together(cluster, plan, 3, mode="lockstep", returning=1)
     thread.join()
     assert all(rows == direct(plan) for rows in seen)
+
+
+def test_lockstep_goes_on_with_another_number_of_consumers(cluster):
+    plan = numbers(cluster.folder, 700)
+    cluster.add()
+    plan = plan.without(["batch"]).repeat().batch(8, pad=0)
+    with open_pipeline(plan) as pipeline:
+        whole = [flat(next(pipeline)) for _ in range(60)]
+    seen, state = [], None
+    for consumers, take in ((2, 25), (4, 20), (1, 15)):
+        options = {"mode": "lockstep", "consumers": consumers, "name": f"{len(seen)} taken"}
+        shares = [
+            Share(open_(cluster, plan, consumer=at, **options), plan, at, consumers)
+            for at in range(consumers)
+        ]
+        for share in shares:
+            if state is not None:
+                share.set_state(json.loads(json.dumps(state)))
+        for _ in range(take):
+            seen.append([n for share in shares for n in flat(next(share))])
+        state = shares[-1].get_state()
+        for share in shares:
+            share.close()
+    assert seen == whole
 
 
 def test_a_slow_window_consumer_skips_and_holds_up_nobody(cluster):
