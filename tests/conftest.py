@@ -2,6 +2,12 @@
 
 import contextlib
 import os
+import signal
+
+# A shell lets what it starts in the background ignore Ctrl-C, and so would the processes that tests
+# interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before torch is imported: its threads spin while they wait for each other, which makes the
 # tests many times slower wherever something else wants a core.
