@@ -6,7 +6,7 @@ and 256 rows took 139, 155, 257 and 1026 us in bfloat16, and 74, 77, 168 and 943
 packed; 292, 395, 690 and 2977 in float32 (by MKL), and 119, 121, 311 and 1915. In bfloat16 the
 results are the same bits.
 
-For each shape of a product oneDNN makes code and buffers, which takes a millisecond and 0.4 MB
+For each shape of a product oneDNN makes code and buffers, which takes a millisecond and 0.6 MB
 (0.7 in float32), and keeps them: 0.7 GB after 300 numbers of rows of one model. So there are few
 numbers of rows: see ``padded``. N outputs, K inputs, T rows.
 """
