@@ -1,9 +1,10 @@
-"""Layers that compute the base once for the whole batch and then correct each delta's rows.
+"""Layers that compute the base once for the whole batch and then correct each delta's rows:
+projections and the head here, ``embedding_layer`` and ``norm_layer``.
 
 Each wraps the Hugging Face module that it replaces. ``prepare`` makes of a changed parameter
 what the layer wants, in any thread; ``attach`` gives it to a slot, between two steps and in no
 time; ``detach`` takes everything of a slot away again.
-T packed tokens, K inputs, N outputs, V vocabulary, D hidden size.
+T packed tokens, K inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from deltaserve.engine.pieces import Piece, Pieces, Rest, apart, for_kernels, jo
 from deltaserve.engine.routing import Segment, StepContext
 from deltaserve.engine.slot_table import SlotTable
 from deltaserve.kernels import dense
-from deltaserve.kernels.delta_embedding import GroupedEmbeddings, delta_embedding
 from deltaserve.kernels.delta_matmul import GroupedDeltas, LaidOut, RowChunks, delta_matmul
 
 MERGED = "merged"
@@ -273,105 +273,6 @@ class DeltaHead(DeltaLinear):
 
     def _leave_graphs(self, slot: int) -> None:
         """It stands behind what is captured."""
-
-
-class DeltaEmbedding(DeltaLayer):
-    """Token embeddings; added tokens lie past the base's rows."""
-
-    def __init__(self, inner: nn.Embedding, step: StepContext) -> None:
-        super().__init__(step)
-        self.inner = inner
-        self.grouped = GroupedEmbeddings("embed_tokens.weight", inner.weight, False)
-        self.weights: dict[int, Encoded] = {}
-
-    def prepare(self, parameter: str, pieces: Pieces, rest: Rest = no_rest) -> Pieces:
-        (piece,) = pieces
-        if self.grouped.serves_layer() and self.grouped.takes(piece.enc.codec):
-            return (Piece(piece.start, self.grouped.prepare(piece.enc) or piece.enc),)
-        return pieces
-
-    def attach(self, slot: int, parameter: str, pieces: Pieces) -> None:
-        (piece,) = pieces
-        if isinstance(piece.operand, LaidOut):
-            self.grouped.put(slot, piece.operand)
-        else:
-            self.weights[slot] = piece.enc
-
-    def detach(self, slot: int) -> None:
-        self.grouped.detach(slot)
-        self.weights.pop(slot, None)
-        self.forget_arrival(slot)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [1, T] -> [1, T, D], scaled where the model scales (Gemma 3)."""
-        self.await_operands()
-        weight_VD = self.inner.weight
-        out: torch.Tensor = self.inner(ids.clamp(max=weight_VD.shape[0] - 1))
-        scale: torch.Tensor | None = getattr(self.inner, "embed_scale", None)
-        routing = self.step.routing
-        if routing.has_any(self._grouped_slots()):
-            out *= (ids < weight_VD.shape[0])[..., None]  # added tokens: the base counts as zero
-            factor = getattr(self.inner, "scalar_embed_scale", 1.0)
-            self.grouped.look_up(out[0], ids[0], routing.slot_T, factor)
-        for segment in routing.tokens if self.weights else ():
-            operand = self.weights.get(segment.slot)
-            if operand is None:
-                continue
-            rows = slice(segment.start, segment.end)
-            own_TD = delta_embedding(ids[0, rows], weight_VD, operand)
-            out[0, rows] = own_TD if scale is None else own_TD * scale.to(own_TD.dtype)
-        return out
-
-    def _grouped_slots(self) -> set[int]:
-        return {slot for table in self.grouped.tables.values() for slot in table.operands}
-
-
-class DeltaNorm(DeltaLayer):
-    """A normalisation; each row is scaled by its own delta's weight.
-
-    token_dim: which dimension of the input counts the packed tokens (q/k norms see
-    [1, T, heads, D] in Qwen 3 and [1, heads, T, D] in Gemma 3).
-    """
-
-    def __init__(self, inner: nn.Module, step: StepContext, token_dim: int) -> None:
-        super().__init__(step)
-        self.base_weight: torch.Tensor = inner.get_parameter("weight").detach()
-        # A plain attribute from here on, so that each step can put its own rows in its place.
-        del inner._parameters["weight"]
-        self.inner = inner
-        self.token_dim = token_dim
-        self.table = SlotTable(self.base_weight)
-
-    def prepare(self, parameter: str, pieces: Pieces, rest: Rest = no_rest) -> Pieces:
-        return pieces
-
-    @property
-    def weights(self) -> set[int]:
-        """The slots that change this norm."""
-        return self.table.slots
-
-    def reads_at_attach(self, parameter: str) -> bool:
-        return True
-
-    def attach(self, slot: int, parameter: str, pieces: Pieces) -> None:
-        (piece,) = pieces
-        self.step.changes += self.table.put(slot, piece.values)
-
-    def detach(self, slot: int) -> None:
-        self.table.drop(slot)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.inner.weight = self._weight_for(x)
-        y: torch.Tensor = self.inner(x)
-        return y
-
-    def _weight_for(self, x: torch.Tensor) -> torch.Tensor:
-        routing = self.step.routing
-        if not routing.has_any(self.table.slots):
-            return self.base_weight
-        shape = [1] * x.dim()
-        shape[self.token_dim], shape[-1] = len(routing.slot_T), x.shape[-1]
-        return self.table.of(routing.slot_T).view(shape)
 
 
 def like(inner: nn.Linear) -> torch.Tensor:

@@ -11,13 +11,10 @@ from transformers.utils import logging
 
 from deltaserve.artifact.checkpoint import Checkpoint
 from deltaserve.config import Quantization
+from deltaserve.engine.embedding_layer import DeltaEmbedding
 from deltaserve.engine.families import family_of
-from deltaserve.engine.layers import (
-    DeltaEmbedding,
-    DeltaHead,
-    DeltaLinear,
-    DeltaNorm,
-)
+from deltaserve.engine.layers import DeltaHead, DeltaLinear
+from deltaserve.engine.norm_layer import DeltaNorm
 from deltaserve.engine.projections import DeltaModule, ProjectionPart, Wrapper, part_of, share
 from deltaserve.engine.quantisation import quantise
 from deltaserve.engine.routing import StepContext

@@ -19,13 +19,9 @@ from deltaserve.artifact.codecs.base import Encoded
 from deltaserve.artifact.manifest import TensorEntry
 from deltaserve.artifact.reader import Delta
 from deltaserve.engine.arena import Arena
-from deltaserve.engine.layers import (
-    MERGED,
-    DeltaEmbedding,
-    DeltaHead,
-    DeltaLinear,
-    DeltaNorm,
-)
+from deltaserve.engine.embedding_layer import DeltaEmbedding
+from deltaserve.engine.layers import MERGED, DeltaHead, DeltaLinear
+from deltaserve.engine.norm_layer import DeltaNorm
 from deltaserve.engine.pace import Pace
 from deltaserve.engine.pieces import Piece, Pieces, entries_apart, packed_bytes
 from deltaserve.engine.projections import DeltaModule, ProjectionPart, Wrapper, part_of

@@ -7,7 +7,9 @@ from itertools import accumulate, pairwise
 import torch
 from torch import nn
 
-from deltaserve.engine.layers import DeltaEmbedding, DeltaLinear, DeltaNorm
+from deltaserve.engine.embedding_layer import DeltaEmbedding
+from deltaserve.engine.layers import DeltaLinear
+from deltaserve.engine.norm_layer import DeltaNorm
 from deltaserve.engine.routing import StepContext
 
 
