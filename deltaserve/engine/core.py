@@ -191,7 +191,9 @@ class Engine:
         events = self._advance_loads() + self._take_prepared()
         started = self.clock()
         plan = self.scheduler.plan()
-        self.pace.divide(len(plan.rows), self.residency.demand.num_requests)
+        merging = self.residency.merger.merging
+        gaining = sum(row.seq.version is merging for row in plan.rows) if merging else 0
+        self.pace.divide(len(plan.rows), self.residency.demand.num_requests, gaining)
         if plan.rows:
             events += self._compute(plan, started)
         elif not events:

@@ -41,7 +41,7 @@ class Merger:
         self.merge_seconds = 0.0
         self._gains: dict[DeltaVersion, Gain] = {}
         self._merged: dict[DeltaVersion, int] = {}
-        self._busy: DeltaVersion | None = None
+        self.merging: DeltaVersion | None = None
         self._since = now
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class Merger:
             gain.rate = (gain.rate + gain.saved / elapsed) / 2
             gain.saved = 0.0
         self._since = now
-        if self._busy is not None:
+        if self.merging is not None:
             return None, []
         return self._best()
 
@@ -85,7 +85,7 @@ class Merger:
 
     def start(self, version: DeltaVersion) -> None:
         """It is being merged: its memory is taken from here on."""
-        self._busy = version
+        self.merging = version
         self._merged[version] = version.needs.merged_bytes
         self.used_bytes += version.needs.merged_bytes
 
@@ -94,7 +94,7 @@ class Merger:
 
         seconds: of a processor that it took, which those who decode had to do without.
         """
-        self._busy = None
+        self.merging = None
         self.merge_seconds = seconds
         if merged is None:
             self.drop(version)

@@ -251,19 +251,20 @@ class OperandMaker:
         tensors = delta.manifest.tensors
         made: dict[str, Encoded] = {}  # an operand of two layers is made once
         placed: dict[str, Pieces] = {}  # and laid out once
+        rest = self._pace.rest_merging if merge else self._pace.rest
         for (layer, leaf), members in self._changes(delta, names).items():
             if merge and not _mergeable(layer, leaf, [tensors[name] for name in members]):
                 continue
             for name in members.keys() - made.keys():
                 made[name] = self._operand(delta, name, merge)
-                self._pace.rest()
+                rest()
             kind, key = MERGED if merge else leaf, "+".join(members)
             if key not in placed or not all(p.laid_out for p in placed[key]):
                 pieces = tuple(Piece(start, made[name]) for name, start in members.items())
-                pieces = layer.prepare(kind, pieces, self._pace.rest)
+                pieces = layer.prepare(kind, pieces, rest)
                 placed[key] = pieces if merge else self._place(pieces)
             yield Binding(layer, kind, placed[key])
-            self._pace.rest()
+            rest()
 
     def _place(self, pieces: Pieces) -> Pieces:
         """Where the device keeps operands."""

@@ -29,6 +29,22 @@ def test_a_core_is_divided_by_heads(decoding: int, waiting: int, share: float) -
     assert pace.share == pytest.approx(share)
 
 
+@pytest.mark.parametrize(
+    ("decoding", "gaining", "share"),
+    [(0, 0, 1.0), (32, 0, LEAST_SHARE), (32, 8, 0.25), (32, 32, 1.0)],
+)
+def test_a_merge_gets_the_share_of_those_who_gain(
+    decoding: int, gaining: int, share: float, clock: dict[str, float]
+) -> None:
+    pace = Pace()
+    pace.divide(decoding, 0, gaining)
+    pace.rest_merging()
+    for _ in range(10):
+        clock["now"] += 0.01
+        pace.rest_merging()
+    assert clock["now"] / (clock["now"] + clock["slept"]) == pytest.approx(share)
+
+
 def test_nobody_rests_while_nobody_decodes(clock: dict[str, float]) -> None:
     pace = Pace()
     for _ in range(3):
