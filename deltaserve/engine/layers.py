@@ -21,7 +21,7 @@ from deltaserve.engine.pieces import Piece, Pieces, Rest, apart, for_kernels, jo
 from deltaserve.engine.routing import Segment, StepContext
 from deltaserve.engine.slot_table import SlotTable
 from deltaserve.kernels import dense
-from deltaserve.kernels.delta_matmul import GroupedDeltas, LaidOut, RowChunks, delta_matmul
+from deltaserve.kernels.delta_matmul import GroupedDeltas, LaidOut, RowChunks, delta_matmul, int4
 
 MERGED = "merged"
 """What ``attach`` calls a whole weight, base + delta, kept beside the packed one."""
@@ -37,8 +37,9 @@ class DeltaLinear(DeltaLayer):
     name: its path in the model, for messages. base_NK: the base's weight, which on a CPU may be
     packed (``pack``): then ``inner.weight`` has its shape only. grouped: the weights that a kernel
     applies for all deltas at once (``laid_out``), and shifts the biases less the base's; the others
-    are in ``weights`` and ``biases``. merged: whole weights, for segments of many rows. replaced:
-    slots whose own weights replace all of the base's outputs.
+    are in ``weights`` and ``biases``. unpackable: those of ``weights`` that segments of many rows
+    have added to the base's. merged: whole weights, for segments of several rows. replaced: slots
+    whose own weights replace all of the base's outputs.
     """
 
     def __init__(self, inner: nn.Linear, step: StepContext, name: str) -> None:
@@ -53,6 +54,7 @@ class DeltaLinear(DeltaLayer):
         if inner.bias is not None:
             self.shifts = SlotTable(torch.zeros_like(inner.bias))
         self.weights: dict[int, Pieces] = {}
+        self.unpackable: dict[int, Pieces] = {}
         self.merged: dict[int, torch.Tensor] = {}
         self.biases: dict[int, torch.Tensor] = {}
         self.num_outputs: dict[int, int] = {}
@@ -131,10 +133,19 @@ class DeltaLinear(DeltaLayer):
         others = tuple(p for p in pieces if not isinstance(p.operand, LaidOut))
         if others:
             self.weights[slot] = others
+            if unpackable := self.unpackable_of(others):
+                self.unpackable[slot] = unpackable
             self._leave_graphs(slot)
         raw = sum(piece.enc.shape[0] for piece in others if piece.enc.codec == "raw")
         if raw >= self.num_base_outputs:
             self.replaced.add(slot)
+
+    def unpackable_of(self, pieces: Iterable[Piece]) -> Pieces:
+        """Those that can be added to the base's weight for a step."""
+        if self.quantised or not self.packs_on_cpu():
+            return ()
+        within = (p for p in pieces if p.outputs.stop <= self.num_base_outputs)
+        return tuple(piece for piece in within if int4.unpacks(piece.enc))
 
     def _put(self, slot: int) -> None:
         before = self.grouped.changes
@@ -153,8 +164,9 @@ class DeltaLinear(DeltaLayer):
 
     def detach(self, slot: int) -> None:
         self.grouped.detach(slot)
-        for held in (self.laid_out, self.weights, self.merged, self.biases, self.num_outputs):
+        for held in (self.laid_out, self.weights, self.unpackable, self.merged, self.biases):
             held.pop(slot, None)
+        self.num_outputs.pop(slot, None)
         if self.shifts is not None:
             self.shifts.drop(slot)
         self.replaced.discard(slot)
@@ -203,11 +215,12 @@ class DeltaLinear(DeltaLayer):
     def base_spans(self, num_rows: int) -> list[tuple[int, int]]:
         """Runs of rows that need the base's output: all but those with a whole weight of their
         own, for which it would be overwritten."""
-        if not self.replaced and not self.merged:
+        if not self.replaced and not self.merged and not self._many_rows():
             return [(0, num_rows)]
         spans, begin = [], 0
         for segment in self.segments():
-            if segment.slot in self.replaced or self._runs_merged(segment):
+            own = segment.slot in self.replaced or self._runs_merged(segment)
+            if own or self._runs_unpacked(segment):
                 if begin < segment.start:
                     spans.append((begin, segment.start))
                 begin = segment.end
@@ -217,6 +230,20 @@ class DeltaLinear(DeltaLayer):
         """A kernel that applies packed weights is not compared: what is merged there, runs so."""
         slot, rows = segment.slot, segment.end - segment.start
         return slot in self.merged and (rows >= MERGED_ROWS or slot in self.laid_out)
+
+    def _many_rows(self) -> bool:
+        """A delta may have so many that its packed weights are worth unpacking."""
+        return bool(self.unpackable) and self.step.routing.longest >= int4.DENSE_ROWS
+
+    def _runs_unpacked(self, segment: Segment) -> bool:
+        return segment.end - segment.start >= int4.DENSE_ROWS and segment.slot in self.unpackable
+
+    def unpacked(self, pieces: Pieces) -> torch.Tensor:
+        """base + pieces [N, K], dense: for one matmul."""
+        whole_NK = dense.unpack(self.base_NK)
+        for piece in pieces:
+            int4.add_to(whole_NK[piece.outputs], piece.enc)
+        return whole_NK
 
     def correct(self, x_TK: torch.Tensor, y_TN: torch.Tensor) -> None:
         if self.weights or self.biases or self.merged:
@@ -231,18 +258,20 @@ class DeltaLinear(DeltaLayer):
         """The rows of one delta. Called for each of them in each layer: by Python, a good part of
         a step on a CPU."""
         slot, start, end = segment.slot, segment.start, segment.end
+        own_N = self.biases.get(slot, self.base_bias_N)
         if self.merged and self._runs_merged(segment):
-            own_N = self.biases.get(slot, self.base_bias_N)
             merged_NK = self.merged[slot]
             y_TN[start:end, : len(merged_NK)] = dense.linear(x_TK[start:end], merged_NK, own_N)
             return
-        own_N = self.base_bias_N
-        if slot in self.biases and own_N is not None:
-            shift_N = self.biases[slot] - own_N
-            own_N = self.biases[slot]
+        pieces = self.weights.get(slot, ())
+        if self.unpackable and self._runs_unpacked(segment):
+            whole_NK = self.unpacked(self.unpackable[slot])
+            y_TN[start:end, : len(whole_NK)] = dense.linear(x_TK[start:end], whole_NK, own_N)
+            pieces = tuple(piece for piece in pieces if piece not in self.unpackable[slot])
+        elif slot in self.biases and self.base_bias_N is not None:
+            shift_N = self.biases[slot] - self.base_bias_N
             y_TN[start:end, : len(shift_N)] += shift_N
-        pieces = self.weights.get(slot)
-        if pieces is None:
+        if not pieces:
             return
         x_SK, y_SN = x_TK[start:end], y_TN[start:end]
         width = y_TN.shape[1]
@@ -273,6 +302,10 @@ class DeltaHead(DeltaLinear):
 
     def _leave_graphs(self, slot: int) -> None:
         """It stands behind what is captured."""
+
+    def unpackable_of(self, pieces: Iterable[Piece]) -> Pieces:
+        """None: its weight is too large to be copied for a step."""
+        return ()
 
 
 def like(inner: nn.Linear) -> torch.Tensor:

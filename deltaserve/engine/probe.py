@@ -6,16 +6,18 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from deltaserve.engine.layers import MERGED_ROWS, DeltaLinear
 from deltaserve.engine.operands import MERGEABLE, Operands
-from deltaserve.engine.pieces import Piece
+from deltaserve.engine.pieces import Piece, Pieces
+from deltaserve.kernels import dense
 from deltaserve.kernels.delta_matmul import LaidOut, delta_matmul, int4
 
-ROWS = (MERGED_ROWS, 4 * MERGED_ROWS, 32 * MERGED_ROWS)
+ROWS = (MERGED_ROWS, 4 * MERGED_ROWS, int4.DENSE_ROWS, 4 * int4.DENSE_ROWS)
 REPEATS = 3
 
 
@@ -60,7 +62,7 @@ class Prober:
                 kind = " ".join(f"{p.enc.codec} {p.enc.params} {p.enc.shape}" for p in packed)
                 kinds[kind] += 1
                 if kind not in self._measured:
-                    self._measured[kind] = _measure(layer.inner.weight, packed)
+                    self._measured[kind] = _measure(layer, packed)
         totals = [0.0] * len(ROWS)
         for kind, count in kinds.items():
             if count:
@@ -69,28 +71,36 @@ class Prober:
         return Savings(ROWS, tuple(totals))
 
 
-def _measure(base_NK: torch.Tensor, packed: list[Piece]) -> tuple[float, ...]:
-    """What the packed pieces cost for each of ROWS.
-
-    Without them, merged rows cost what they cost the base, of which they need nothing: about
-    even.
-    """
+def _measure(layer: DeltaLinear, packed: list[Piece]) -> tuple[float, ...]:
+    """What the packed pieces cost for each of ROWS, beside what merged rows cost: as much as the
+    base's would, of which they need nothing."""
+    inputs = layer.inner.weight.shape[1]
+    outputs = max(layer.num_base_outputs, *(piece.outputs.stop for piece in packed))
+    unpackable = layer.unpackable_of(packed)
     found = []
     for rows in ROWS:
-        x_TK = torch.zeros(rows, base_NK.shape[1], dtype=base_NK.dtype)
-        y_TN = torch.zeros(
-            rows, max(len(base_NK), *(p.outputs.stop for p in packed)), dtype=base_NK.dtype
-        )
-
-        def work(x: torch.Tensor = x_TK, y: torch.Tensor = y_TN) -> None:
-            for piece in packed:
-                delta_matmul(y[:, piece.outputs], x, piece.enc)
-
-        found.append(_best(work))
+        x_TK = torch.zeros(rows, inputs, dtype=layer.inner.weight.dtype)
+        y_TN = x_TK.new_zeros(rows, outputs)
+        if unpackable and rows >= int4.DENSE_ROWS:
+            seconds = _best(partial(_unpacked, layer, unpackable, x_TK))
+            seconds -= _best(partial(layer.base, x_TK))
+            left = [piece for piece in packed if piece not in unpackable]
+        else:
+            seconds, left = 0.0, packed
+        found.append(max(0.0, seconds + _best(partial(_correct, y_TN, x_TK, left))))
     return tuple(found)
 
 
-def _best(work: Callable[[], None]) -> float:
+def _unpacked(layer: DeltaLinear, pieces: Pieces, x_TK: torch.Tensor) -> None:
+    dense.linear(x_TK, layer.unpacked(pieces))
+
+
+def _correct(y_TN: torch.Tensor, x_TK: torch.Tensor, pieces: list[Piece]) -> None:
+    for piece in pieces:
+        delta_matmul(y_TN[:, piece.outputs], x_TK, piece.enc)
+
+
+def _best(work: Callable[[], object]) -> float:
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()

@@ -42,6 +42,11 @@ class Routing:
         return any(segment.slot in slots for segment in self.tokens)
 
     @cached_property
+    def longest(self) -> int:
+        """Packed tokens of the delta that has most of them."""
+        return max((segment.end - segment.start for segment in self.tokens), default=0)
+
+    @cached_property
     def token_chunks(self) -> RowChunks:
         """``tokens`` for the kernels: made when the first layer asks, shared by the others."""
         return self.static or cut(self.tokens, self.slot_T.device, dense_rows=self.dense_rows)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,6 +72,66 @@ def test_nothing_is_rounded_by_the_layout() -> None:
         enc = encode(32, 64, bits=bits, group_size=32)
         weights = apply([enc], torch.eye(64)).T
         assert torch.equal(weights, get_codec("int").delta(enc).bfloat16().float())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=3),
+    size=st.sampled_from([0, 32, 64]),
+    blocks=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    unpacked=st.sampled_from([1, 5000, int4.UNPACKED]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_a_difference_is_added_to_a_plain_weight(
+    bits: list[int],
+    size: int,
+    blocks: int,
+    groups: int,
+    unpacked: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    encs = [encode(64 * blocks, 64 * groups, bits=b, group_size=size) for b in bits]
+    (packed,) = int4.pack(encs)
+    delta_NK = torch.cat([get_codec("int").delta(enc) for enc in encs])
+    base_NK = torch.randn(delta_NK.shape).to(dtype)
+    weight_NK = base_NK.clone()
+    if not int4.unpacks(packed):
+        pytest.skip("this processor's operator has another order")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int4, "UNPACKED", unpacked)
+        int4.add_to(weight_NK, packed)
+    exact = base_NK.double() + delta_NK.double()
+    close = torch.finfo(dtype).eps * exact.abs() + 1e-6 * delta_NK.abs()  # one rounding of the sum
+    assert bool(((weight_NK.double() - exact).abs() <= close).all())
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_the_order_of_the_weights_is_found_on_each_processor(capability: str) -> None:
+    """It is the operator's own: what ``unpacks`` says yes to must be what it multiplies by."""
+    script = """
+import torch
+from deltaserve.artifact.codecs import get_codec
+from deltaserve.kernels.delta_matmul import delta_matmul, int4
+
+for bits in (2, 4):
+    (enc,) = int4.pack([get_codec("int").encode(torch.randn(128, 64), None, bits=bits)])
+    if int4.unpacks(enc):
+        dense, product = torch.zeros(128, 64), torch.zeros(64, 128)
+        int4.add_to(dense, enc)
+        delta_matmul(product, torch.eye(64), enc)
+        print(torch.equal(dense.bfloat16(), product.T.bfloat16()))
+    else:
+        print("another order")
+"""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.split("\n")[:2] in (["True"] * 2, ["another order"] * 2), done.stderr
 
 
 @pytest.mark.parametrize(
