@@ -3,6 +3,7 @@ EngineProcess."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import logging
@@ -33,8 +34,8 @@ SPARE_NAME, NAME = b"deltaserve-idle", b"deltaserve-eng"  # the kernel keeps 15 
 FAREWELL_MILLISECONDS = 2000
 """How long the last reports may take to leave."""
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
-SPARE_NICENESS = 10
-"""Of importing, which beside an engine that needs all processors gets a tenth of one."""
+LOOK_SECONDS = 0.1
+"""How often a spare process looks whether its imports are done."""
 
 logger = logging.getLogger("deltaserve.engine")
 
@@ -49,6 +50,10 @@ class Link:
 
     def send(self, report: Report) -> None:
         self._reports.send_multipart(encode(report))
+
+    def asked(self, seconds: float) -> bool:
+        """Whether a command has come, after so long at most. It is still to be received."""
+        return bool(self._commands.poll(int(seconds * 1000)))
 
     def receive(self, seconds: float | None) -> list[Command]:
         """As loop.Receive: all commands that have come."""
@@ -78,9 +83,7 @@ def main(directory: Path, spare: bool) -> int:
     link = Link(directory)
     link.send(Hello(SCHEMA))
     if spare:
-        importing = threading.Thread(target=_import_behind_others)
-        importing.start()
-        importing.join()
+        _import_behind_others(link)
     try:
         return _serve(link)
     finally:
@@ -117,14 +120,34 @@ def _serve(link: Link) -> int:
     return 0
 
 
-def _import_behind_others() -> None:
-    """Takes seconds of a processor, which those whose answers are computed shall not lack. The
-    main thread, which serves some day, keeps its priority."""
-    if sys.platform == "linux":  # where a thread has its own
-        niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + SPARE_NICENESS, 19)
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+def _import_behind_others(link: Link) -> None:
+    """Takes seconds of a processor, which those whose answers are computed shall not lack: only
+    what nobody else wants, until this process is asked to serve.
+
+    A niceness is not enough: each turn that it gives delays a step, of which all threads wait for
+    the one that was interrupted, and steps took twice as long for seconds.
+    """
+    importing = threading.Thread(target=_import)
+    importing.start()
+    if hasattr(os, "SCHED_IDLE"):  # Linux, where a thread has a policy of its own
+        _set_policy(importing, os.SCHED_IDLE)
+    while importing.is_alive() and not link.asked(LOOK_SECONDS):
+        pass
+    if hasattr(os, "SCHED_IDLE"):
+        _set_policy(importing, os.SCHED_OTHER)
+    importing.join()
+
+
+def _import() -> None:
     importlib.import_module("deltaserve.engine.core")
     importlib.import_module("deltaserve.engine.loop")
+
+
+def _set_policy(thread: threading.Thread, policy: int) -> None:
+    """Without effect on a thread that has ended, and where it needs a privilege that is missing:
+    to be raised again. Then the processors that the engine left are its own anyway."""
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(thread.native_id or 0, policy, os.sched_param(0))
 
 
 def _end_with_parent(directory: Path) -> None:

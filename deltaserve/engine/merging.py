@@ -14,8 +14,10 @@ from deltaserve.engine.operands import Operands
 from deltaserve.engine.probe import Savings
 from deltaserve.engine.versions import DeltaVersion
 
-# Seconds between two decisions; what was saved earlier counts half as much each time.
+# Seconds between two decisions, and after which what was saved counts half as much: long, or the
+# prompts of one moment would pass for traffic that goes on.
 WINDOW_S = 0.5
+HALF_LIFE_S = 10.0
 # Merging must have paid for itself after so many seconds of the same traffic.
 HORIZON_S = 20.0
 # Who takes another's memory must be better by so much, or both would be merged again and again.
@@ -67,8 +69,9 @@ class Merger:
         elapsed = now - self._since
         if elapsed < WINDOW_S or not self._gains:
             return None, []
+        weight = 1 - 0.5 ** (elapsed / HALF_LIFE_S)
         for gain in self._gains.values():
-            gain.rate = (gain.rate + gain.saved / elapsed) / 2
+            gain.rate += weight * (gain.saved / elapsed - gain.rate)
             gain.saved = 0.0
         self._since = now
         if self.merging is not None:

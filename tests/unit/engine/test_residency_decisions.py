@@ -197,7 +197,7 @@ def test_the_delta_that_saves_most_takes_the_memory_of_another() -> None:
     a, b = (bench.residency.current(name) for name in "ab")
 
     def traffic(rows_a: int, rows_b: int) -> None:
-        for _ in range(8):
+        for _ in range(80):
             for _ in range(20):
                 merger.count(a, rows_a)
                 merger.count(b, rows_b)
@@ -210,6 +210,23 @@ def test_the_delta_that_saves_most_takes_the_memory_of_another() -> None:
     traffic(1, 8)
     assert (a.merged is not None, b.merged is not None) == (False, True)
     assert merger.used_bytes == 80
+
+
+def test_prompts_of_one_moment_are_not_traffic_that_goes_on() -> None:
+    bench = make("a", "b", size=20, limits=Limits(100, 0, 80, attach_s=1.0))
+    merger = bench.residency.merger
+    for name in ("a", "b"):
+        bench.request(name)
+    load(bench)
+    a, b = (bench.residency.current(name) for name in "ab")
+    merger.merge_seconds = 0.1
+    for _ in range(3):
+        merger.count(a, 8)  # 24 ms in half a second, and never again
+    for number in range(40):
+        turn(bench, 0.5)
+        if number % 2:
+            merger.count(b, 8)  # 8 ms each second, which pays within 20
+    assert (a.merged is not None, b.merged is not None) == (False, True)
 
 
 def test_savings_between_measurements_lie_on_a_line() -> None:

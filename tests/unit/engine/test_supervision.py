@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -17,6 +18,8 @@ import pytest
 
 from deltaserve.compress.plan import make_plan
 from deltaserve.compress.run import compress
+from deltaserve.config import EngineConfig
+from deltaserve.engine.messages import Start
 from deltaserve.engine.process import EngineProcess
 from deltaserve.engine.remote import ProcessClient, Supervision
 from deltaserve.engine.types import EngineRequest, FinishReason, SamplingParams, TokenEvent
@@ -91,20 +94,32 @@ def running(pid: int) -> bool:
 
 
 def test_a_spare_imports_behind_those_who_serve() -> None:
-    process, own = EngineProcess(spare=True), os.getpriority(os.PRIO_PROCESS, 0)
+    process, own = EngineProcess(spare=True), os.sched_getscheduler(0)
     try:
-        wait_until(lambda: max(priorities(process.pid)) > own)
-        assert os.getpriority(os.PRIO_PROCESS, process.pid) == own, "its main thread serves later"
+        wait_until(lambda: os.SCHED_IDLE in policies(process.pid))
+        assert os.sched_getscheduler(process.pid) == own, "its main thread serves later"
     finally:
         process.stop(0)
 
 
-def priorities(pid: int) -> list[int]:
+def test_a_spare_that_is_asked_to_serve_hurries() -> None:
+    """Beside programs that want all processors it would import for ever."""
+    process = EngineProcess(spare=True)
+    try:
+        wait_until(lambda: os.SCHED_IDLE in policies(process.pid))
+        config = EngineConfig(base="/nowhere")
+        process.send(Start(config, (), logging.WARNING, False), wait=True)
+        wait_until(lambda: os.SCHED_IDLE not in policies(process.pid))
+    finally:
+        process.stop(0)
+
+
+def policies(pid: int) -> list[int]:
     """Of a process's threads."""
-    found = [0]
+    found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(ProcessLookupError):  # it has ended
-            found.append(os.getpriority(os.PRIO_PROCESS, int(task.name)))
+            found.append(os.sched_getscheduler(int(task.name)))
     return found
 
 
