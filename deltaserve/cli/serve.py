@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deltaserve.cli import serve_options as options
-from deltaserve.config import load_config, parse_deltas
+from deltaserve.config_sources import load_config, parse_deltas
 
 
 def run(
