@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from deltaserve.artifact.staging import replacing
+
 
 def machine() -> dict[str, Any]:
     """What can be told without loading torch."""
@@ -44,9 +46,8 @@ def save(path: Path, command: str, results: Any) -> None:
     """``record`` without a word: for results that grow. Missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"command": command, "environment": environment(), "results": results}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _cpu_name() -> str:

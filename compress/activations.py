@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from deltaserve.artifact.staging import replacing
+
 
 class Activations:
     """One file per layer: what goes into it, float32 [B, T, D] of every batch.
@@ -42,11 +44,9 @@ class Activations:
 
     def write(self, layer: int, batches: Iterable[torch.Tensor]) -> None:
         """What goes into ``layer``, batch after batch; replaces the file whole."""
-        partial = self._path(layer).with_suffix(".partial")
-        with partial.open("wb") as file:
+        with replacing(self._path(layer)) as partial, partial.open("wb") as file:
             for hidden_BTD in batches:
                 file.write(hidden_BTD.float().cpu().contiguous().numpy().data)
-        partial.replace(self._path(layer))
 
     def drop(self, layer: int) -> None:
         """Forget what went into ``layer``."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -248,16 +248,17 @@ def _show_real(watch: Watch, real_BT: torch.Tensor, name: str, x_BTK: torch.Tens
 def _watching(module: nn.Module, prefix: str, watch: Watch) -> Iterator[None]:
     """Show the inputs of every projection under the name of its weight."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        return lambda _, inputs: watch(f"{prefix}{name}.weight", inputs[0])
+    def hook(weight: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _, inputs: watch(weight, inputs[0])
 
-    handles = [
-        part.register_forward_pre_hook(hook(name))
-        for name, part in module.named_modules()
-        if isinstance(part, nn.Linear)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for weight, part in projections(module, prefix):
+            hooks.enter_context(part.register_forward_pre_hook(hook(weight)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def projections(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Linear]]:
+    """Linear layers under the names of their weights; ``prefix``: of the module's parameters."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear):
+            yield f"{prefix}{name}.weight", part

@@ -13,7 +13,7 @@ B sequences of T tokens, D the hidden size, V the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 
 from deltaserve.compress.activations import Activations
 from deltaserve.compress.hessian import Hessian
-from deltaserve.compress.layers import LayerWalk, Weights
+from deltaserve.compress.layers import LayerWalk, Weights, projections
 from deltaserve.compress.weights import BLOCK, Table
 
 # Elements of a chunk of logits.
@@ -166,18 +166,13 @@ def _watching(
 
         y_BTN.register_hook(squares)
 
-    handles = [
-        part.register_forward_hook(
-            lambda _, given, output, name=f"{prefix}{name}.weight": watch(name, given[0], output)
-        )
-        for name, part in module.named_modules()
-        if isinstance(part, nn.Linear)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, part in projections(module, prefix):
+            hook = part.register_forward_hook(
+                lambda _, given, output, name=name: watch(name, given[0], output)
+            )
+            hooks.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(eq=False)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from deltaserve.artifact.codecs.base import Encoded, dtype_name
 from deltaserve.artifact.manifest import DTYPES
+from deltaserve.artifact.staging import replacing
 from deltaserve.compress.change import Change
 from deltaserve.errors import ConfigError
 
@@ -86,9 +87,8 @@ class Work:
     def put(self, name: str, value: Any) -> None:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(value))
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(value))
 
     def changes(self, name: str, make: Callable[[], list[Change]]) -> list[Change]:
         """What ``make`` returned, in this run or in the one that was killed."""
@@ -107,9 +107,8 @@ def _write(path: Path, changes: list[Change]) -> None:
         entries.append([change.name, change.kind, change.error, change.full_bytes, stored])
         for part, tensor in {} if enc is None else enc.tensors.items():
             tensors[f"{number}/{part}"] = tensor.contiguous()
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {"changes": json.dumps(entries)})
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, {"changes": json.dumps(entries)})
 
 
 def _read(path: Path) -> list[Change]:

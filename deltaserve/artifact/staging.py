@@ -1,12 +1,13 @@
-"""Output directories that appear whole or not at all."""
+"""Output files and directories that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
 from deltaserve.errors import ConfigError, OutputExistsError
 
@@ -54,18 +55,13 @@ class StagedDirectory:
         umask = os.umask(0)
         os.umask(umask)
         self.path.chmod(0o777 & ~umask)  # mkdtemp is private; an artifact is meant to be shared
-        sync_directory(self.path)
+        sync(self.path)
         require_free(self.out)
         self.path.rename(self.out)
-        sync_directory(self.out.parent)
+        sync(self.out.parent)
         self._made = []
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         if self.path != self.out and self.path.exists():
             shutil.rmtree(self.path)
         for parent in self._made:
@@ -78,8 +74,27 @@ class StagedDirectory:
         self.out.parent.mkdir(parents=True, exist_ok=True)
 
 
-def sync_directory(path: Path) -> None:
-    """Make the directory's entries survive a power cut."""
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """``with replacing(path) as partial``: write to ``partial``, a hidden name beside ``path``
+    that takes its place at the end. An error leaves what was at ``path``, and nothing else.
+
+    durable: it survives a power cut.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        if durable:
+            sync(partial)
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def sync(path: Path) -> None:
+    """Make a file's contents, or a directory's entries, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

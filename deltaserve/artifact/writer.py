@@ -6,7 +6,6 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 from deltaserve.artifact.codecs import get_codec
 from deltaserve.artifact.codecs.base import Encoded, dtype_name
@@ -23,7 +22,7 @@ from deltaserve.artifact.manifest import (
 )
 from deltaserve.artifact.quality import Quality, TextRef
 from deltaserve.artifact.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
-from deltaserve.artifact.staging import StagedDirectory, write_text
+from deltaserve.artifact.staging import StagedDirectory, replacing, write_text
 
 STEM = "delta"
 
@@ -50,13 +49,8 @@ class DeltaWriter:
         )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._staged.__exit__(kind, error, trace)
+    def __exit__(self, *exc: object) -> None:
+        self._staged.__exit__(*exc)
 
     @property
     def directory(self) -> Path:
@@ -116,7 +110,6 @@ class DeltaWriter:
 def record_quality(directory: Path, manifest: Manifest, quality: Quality) -> Manifest:
     """Put a report into the delta's manifest, in place of an older one; the digest stays."""
     reported = replace(manifest, quality=quality)
-    partial = directory / f".{MANIFEST}.partial"
-    write_text(partial, json.dumps(reported.to_json(), indent=1) + "\n")
-    partial.replace(directory / MANIFEST)
+    with replacing(directory / MANIFEST, durable=True) as partial:
+        partial.write_text(json.dumps(reported.to_json(), indent=1) + "\n", encoding="utf-8")
     return reported

@@ -13,45 +13,14 @@ from typing import Any
 
 from deltaserve.bench.load import compare as comparing
 from deltaserve.bench.load import sweep as sweeping
-from deltaserve.bench.load import text
 from deltaserve.bench.load.execute import Target, measure
 from deltaserve.bench.load.output import check_file, check_result, write_json, write_text
-from deltaserve.bench.load.page import report
 from deltaserve.bench.load.result import Measured, document
 from deltaserve.bench.load.runner import COMPLETE, INTERRUPTED, MAX_TIME, SERVER_DIED
 from deltaserve.bench.load.target import check_url
 from deltaserve.bench.load.workload import read_workload, with_settings
-from deltaserve.cli.bench_options import (
-    CTRL_C,
-    MISSED,
-    AdminKey,
-    AllowRemote,
-    ApiKey,
-    Closed,
-    Detailed,
-    DryRun,
-    Duration,
-    Goodput,
-    MaxRequests,
-    MaxTime,
-    Out,
-    OutFolder,
-    Rate,
-    RateScale,
-    Requests,
-    ResultA,
-    ResultB,
-    Resume,
-    Seed,
-    Settings,
-    Spawn,
-    SweepFile,
-    Url,
-    WorkloadFile,
-    progress,
-    setting,
-    workload_of,
-)
+from deltaserve.cli import bench_options as options
+from deltaserve.cli.bench_run import CTRL_C, MISSED, progress, publish, setting, workload_of
 from deltaserve.cli.bench_simulate import calibrate, simulate
 from deltaserve.cli.progress import stop_on_sigterm
 from deltaserve.demo.server_process import Server, ServerError, server_process
@@ -59,23 +28,23 @@ from deltaserve.errors import ConfigError, DeltaServeError
 
 
 def serve(
-    workload: WorkloadFile = None,
-    url: Url = None,
-    spawn: Spawn = None,
-    api_key: ApiKey = "",
-    admin_key: AdminKey = "",
-    allow_remote: AllowRemote = False,
-    set_: Settings = None,
-    rate: Rate = None,
-    requests: Requests = None,
-    duration: Duration = None,
-    closed: Closed = None,
-    max_time: MaxTime = None,
-    max_requests: MaxRequests = None,
-    goodput: Goodput = None,
-    seed: Seed = None,
-    out: Out = None,
-    save_detailed: Detailed = False,
+    workload: options.WorkloadFile = None,
+    url: options.Url = None,
+    spawn: options.Spawn = None,
+    api_key: options.ApiKey = "",
+    admin_key: options.AdminKey = "",
+    allow_remote: options.AllowRemote = False,
+    set_: options.Settings = None,
+    rate: options.Rate = None,
+    requests: options.Requests = None,
+    duration: options.Duration = None,
+    closed: options.Closed = None,
+    max_time: options.MaxTime = None,
+    max_requests: options.MaxRequests = None,
+    goodput: options.Goodput = None,
+    seed: options.Seed = None,
+    out: options.Out = None,
+    save_detailed: options.Detailed = False,
 ) -> int:
     """Run one workload on one server: latencies, throughput, fairness, pass or fail."""
     flags = {"requests": requests, "duration": duration, "max_time": max_time}
@@ -87,26 +56,22 @@ def serve(
         with progress() as show:
             measured = measure(target, test, show)
         result = document(measured, detailed=save_detailed)
-        print(text.render(result), flush=True)
-        if out is not None:
-            write_json(out, result)
-            write_text(out.with_suffix(".html"), report(result))
-            print(f"wrote {out} and {out.with_suffix('.html')}")
+        publish(result, out)
         return _exit_code(measured, result, server)
 
 
 def sweep(
-    workload: SweepFile,
-    out: OutFolder,
-    url: Url = None,
-    spawn: Spawn = None,
-    api_key: ApiKey = "",
-    admin_key: AdminKey = "",
-    allow_remote: AllowRemote = False,
-    set_: Settings = None,
-    rate_scale: RateScale = 1.0,
-    resume: Resume = False,
-    dry_run: DryRun = False,
+    workload: options.SweepFile,
+    out: options.OutFolder,
+    url: options.Url = None,
+    spawn: options.Spawn = None,
+    api_key: options.ApiKey = "",
+    admin_key: options.AdminKey = "",
+    allow_remote: options.AllowRemote = False,
+    set_: options.Settings = None,
+    rate_scale: options.RateScale = 1.0,
+    resume: options.Resume = False,
+    dry_run: options.DryRun = False,
 ) -> int:
     """Run a workload at every combination of the settings under its key sweep."""
     content = with_settings(read_workload(workload), map(setting, set_ or ()))
@@ -140,7 +105,7 @@ def sweep(
     return code
 
 
-def compare(a: ResultA, b: ResultB) -> None:
+def compare(a: options.ResultA, b: options.ResultB) -> None:
     """Ratios of two results with confidence intervals, and whether they are only noise."""
     sides = comparing.read_side(a), comparing.read_side(b)
     for line in comparing.render(*sides, comparing.compare(*sides)):

@@ -1,23 +1,11 @@
-"""What the load tests' commands share: their options, and the progress line."""
+"""The options of ``deltaserve bench``, several of which its commands share."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
-from rich.console import Console
-
-from deltaserve.bench.load.execute import Progress
-from deltaserve.bench.load.runner import Run
-from deltaserve.bench.load.workload import Workload, make_workload, read_workload, set_key
-from deltaserve.errors import ConfigError
-
-MISSED = 1
-CTRL_C = 130
 
 WorkloadFile = Annotated[
     Path | None,
@@ -75,72 +63,12 @@ DryRun = Annotated[bool, typer.Option(help="Only list the points.")]
 RateScale = Annotated[float, typer.Option(help="Multiplies the swept rates, for this machine.")]
 ResultA = Annotated[Path, typer.Argument(metavar="A.json", help="A result, or a folder of runs.")]
 ResultB = Annotated[Path, typer.Argument(metavar="B.json", help="What is compared with it.")]
-
-
-def workload_of(
-    file: Path | None,
-    flags: Mapping[str, Any],
-    rate: float | None,
-    closed: int | None,
-    settings: Sequence[str] | None,
-    goodput: Sequence[str] | None,
-) -> Workload:
-    """The workload of a file, or the default one, with the command line's changes.
-
-    Raises ConfigError: what is wrong, and where.
-    """
-    content = read_workload(file) if file else {}
-    for key, value in {**flags, "arrivals": _arrivals(rate, closed)}.items():
-        if value is not None:
-            set_key(content, key, value)
-    for key, value in [*map(setting, settings or ()), *map(_objective, goodput or ())]:
-        set_key(content, key, value)
-    return make_workload(content, str(file or "workload"))
-
-
-@contextlib.contextmanager
-def progress(prefix: str = "") -> Iterator[Progress]:
-    """A line on stderr that follows the run, where there is a terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda name, run: None
-        return
-    with console.status("looking at the server and warming it up ...") as status:
-
-        def show(name: str, run: Run) -> None:
-            done = len(run.records)
-            failed = sum(record.failed for record in run.records)
-            status.update(
-                f"{prefix}{name}: {run.seconds:.0f} s, {run.sent} sent, {done} done, "
-                f"{failed} failed, {run.in_flight} in flight"
-            )
-
-        yield show
-
-
-def _arrivals(rate: float | None, closed: int | None) -> dict[str, Any] | None:
-    if rate is not None and closed is not None:
-        raise ConfigError("--rate is of an open loop, --closed is another: give one of them")
-    if closed is not None:
-        return {"kind": "closed", "concurrency": closed}
-    return None if rate is None else {"kind": "poisson", "rate": rate}
-
-
-def setting(argument: str) -> tuple[str, Any]:
-    key, equals, value = argument.partition("=")
-    if not (key and equals):
-        raise ConfigError(f"a setting is given as KEY=VALUE, not {argument!r}")
-    try:
-        return key.replace("-", "_"), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{argument!r}: the value is not valid YAML") from error
-
-
-def _objective(argument: str) -> tuple[str, float]:
-    """vLLM's way of naming one: ttft:500, in milliseconds."""
-    name, _, value = argument.partition(":")
-    name = {"e2el": "e2e"}.get(name, name)
-    try:
-        return f"slo.{name}", float(value) / 1e3
-    except ValueError:
-        raise ConfigError(f"an objective is given as NAME:MS, not {argument!r}") from None
+SystemFile = Annotated[
+    Path, typer.Option("--system", help="What is simulated: YAML, such as configs/simulate/*.yaml.")
+]
+Replicas = Annotated[int | None, typer.Option(help="Engines with a base each, behind a router.")]
+DeltaCount = Annotated[int | None, typer.Option("--deltas", help="Registered deltas.")]
+Measurement = Annotated[
+    Path, typer.Argument(metavar="RESULT.json", help="Of deltaserve bench serve, on DeltaServe.")
+]
+OutSystem = Annotated[Path, typer.Option("--out", help="Write the system here, as YAML.")]

@@ -2,62 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from deltaserve.bench.load import text
-from deltaserve.bench.load.output import check_file, check_result, write_json, write_text
-from deltaserve.bench.load.page import report
+from deltaserve.bench.load.output import check_file, check_result, write_text
 from deltaserve.bench.load.result import document
 from deltaserve.bench.load.runner import INTERRUPTED
-from deltaserve.cli.bench_options import (
-    CTRL_C,
-    MISSED,
-    Closed,
-    Detailed,
-    Duration,
-    Goodput,
-    MaxRequests,
-    MaxTime,
-    Out,
-    Rate,
-    Requests,
-    Seed,
-    Settings,
-    WorkloadFile,
-    progress,
-    workload_of,
-)
-
-SystemFile = Annotated[
-    Path, typer.Option("--system", help="What is simulated: YAML, such as configs/simulate/*.yaml.")
-]
-Replicas = Annotated[int | None, typer.Option(help="Engines with a base each, behind a router.")]
-DeltaCount = Annotated[int | None, typer.Option("--deltas", help="Registered deltas.")]
-Measurement = Annotated[
-    Path, typer.Argument(metavar="RESULT.json", help="Of deltaserve bench serve, on DeltaServe.")
-]
-OutSystem = Annotated[Path, typer.Option("--out", help="Write the system here, as YAML.")]
+from deltaserve.cli import bench_options as options
+from deltaserve.cli.bench_run import CTRL_C, MISSED, progress, publish, workload_of
 
 
 def simulate(
-    system: SystemFile,
-    workload: WorkloadFile = None,
-    replicas: Replicas = None,
-    deltas: DeltaCount = None,
-    set_: Settings = None,
-    rate: Rate = None,
-    requests: Requests = None,
-    duration: Duration = None,
-    closed: Closed = None,
-    max_time: MaxTime = None,
-    max_requests: MaxRequests = None,
-    goodput: Goodput = None,
-    seed: Seed = None,
-    out: Out = None,
-    save_detailed: Detailed = False,
+    system: options.SystemFile,
+    workload: options.WorkloadFile = None,
+    replicas: options.Replicas = None,
+    deltas: options.DeltaCount = None,
+    set_: options.Settings = None,
+    rate: options.Rate = None,
+    requests: options.Requests = None,
+    duration: options.Duration = None,
+    closed: options.Closed = None,
+    max_time: options.MaxTime = None,
+    max_requests: options.MaxRequests = None,
+    goodput: options.Goodput = None,
+    seed: options.Seed = None,
+    out: options.Out = None,
+    save_detailed: options.Detailed = False,
 ) -> int:
     """Run a workload on a system that need not exist: the engine's decisions, computed times."""
     from deltaserve.bench.simulate.simulate import simulate as run  # torch
@@ -72,18 +39,16 @@ def simulate(
     with progress() as show:
         measured = run(installation, test, show)
     result = document(measured, detailed=save_detailed)
-    print(text.render(result), flush=True)
-    if out is not None:
-        write_json(out, result)
-        write_text(out.with_suffix(".html"), report(result))
-        print(f"wrote {out} and {out.with_suffix('.html')}")
+    publish(result, out)
     if measured.run.ended == INTERRUPTED:
         return CTRL_C
     missed = any(not each["passed"] for each in result["thresholds"])
     return MISSED if missed or not result["summary"]["completed"] else 0
 
 
-def calibrate(result: Measurement, system: SystemFile, out: OutSystem) -> None:
+def calibrate(
+    result: options.Measurement, system: options.SystemFile, out: options.OutSystem
+) -> None:
     """Find the times of a system's steps from a measured run; simulate takes what this writes."""
     from deltaserve.bench.load.result import read_result
     from deltaserve.bench.simulate.calibrate import calibrate as fit  # torch

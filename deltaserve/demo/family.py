@@ -15,6 +15,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from deltaserve.artifact.staging import replacing
 from deltaserve.demo.recipe import Kind
 
 RECORD = "family.json"
@@ -83,9 +84,8 @@ class Record:
 
     def write(self, root: Path) -> None:
         """Replace the record in `root` atomically."""
-        temporary = root / f".{RECORD}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        temporary.replace(root / RECORD)
+        with replacing(root / RECORD) as partial:
+            partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
 def default_dir() -> Path:

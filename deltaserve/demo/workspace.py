@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from deltaserve.artifact.manifest import Manifest
+from deltaserve.artifact.staging import replacing
 from deltaserve.compress.run import compress
 from deltaserve.demo.family import BASE, RECORD, Family, Record
 from deltaserve.demo.recipe import Recipe
@@ -50,12 +51,11 @@ def check_folder(root: Path) -> None:
 
 def _is_ours(path: Path, root: Path) -> bool:
     record = Record.read(root)
-    ours = {LOCK, f".{RECORD}.tmp"}
+    ours = {LOCK, f".{RECORD}.partial"}
     if record is not None:
         models = {BASE, *record.tasks, *(member.name for member in Recipe().members)}
         whole = models | {RECORD, DELTAS, SERVER_LOG, RESULTS}
-        partial = {f".{name}.partial" for name in models | {DELTAS}}
-        ours |= whole | partial | {f".{RESULTS}.tmp"}
+        ours |= whole | {f".{name}.partial" for name in models | {DELTAS, RESULTS}}
     return path.name in ours
 
 
@@ -84,9 +84,8 @@ def compress_members(family: Family, report: Callable[[float], None]) -> dict[st
 
 def write_json(path: Path, content: Any) -> None:
     """Replace `path` atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _adopt(made: Path, place: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from deltaserve.artifact.staging import replacing
 from deltaserve.errors import PipelineError
 
 FORMAT = "deltaserve-trace/1"
@@ -82,9 +83,8 @@ class Trace:
         return self.stalled_ns / self.wall_ns if self.wall_ns else 0.0
 
     def write(self, path: Path) -> None:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n")
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Trace:

@@ -8,13 +8,13 @@ set, because all solvers are deterministic from there on.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from deltaserve.artifact.staging import replacing
 from deltaserve.errors import SelectionError
 from deltaserve.select.state import SELECTED, State
 
@@ -30,19 +30,15 @@ class Checkpoint:
 
     def save(self, state: State, progress: dict[str, Any]) -> None:
         head = {"format": FORMAT, "identity": self.identity, **progress}
-        partial = self.path.with_name(f".{self.path.name}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with replacing(self.path, durable=True) as partial, partial.open("wb") as file:
                 np.savez(
                     file,
                     head=np.frombuffer(json.dumps(head).encode(), np.uint8),
                     status=state.status,
                     gain=state.gain[state.status == SELECTED],
                 )
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path)
         except OSError as error:
             raise SelectionError(f"cannot write the checkpoint {self.path}: {error}") from None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from deltaserve.artifact.staging import StagedDirectory, sync_directory, write_text
+from deltaserve.artifact.staging import StagedDirectory, sync, write_text
 from deltaserve.select.extras import load_extra
 from deltaserve.select.formats import write_samples
 from deltaserve.select.pool import Pool
@@ -45,7 +45,7 @@ def write_selection(
         chosen[rows] = True
         write_samples(pool.inputs, chosen, staged.path)
         write_text(staged.path / RECEIPT, json.dumps(receipt, indent=1, allow_nan=False) + "\n")
-        sync_directory(staged.path)
+        sync(staged.path)
         staged.commit()
 
 

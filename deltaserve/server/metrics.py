@@ -55,19 +55,13 @@ class Capped:
         return value
 
 
-class Metrics:
-    """What is counted while requests pass; the rest is read from the engine when asked for."""
+class SequenceMetrics:
+    """What is observed of single sequences, under vLLM's names. Times are in seconds."""
 
-    def __init__(self, client: EngineClient, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
-        self._registry = CollectorRegistry()
-        self._model = Capped()
-        self._tenant = Capped()
-        self._registry.register(EngineCollector(client, self._model, self._tenant))
-
+    def __init__(self, registry: CollectorRegistry) -> None:
         def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
             return Histogram(
-                f"vllm:{name}", text, LABELS, buckets=tuple(buckets), registry=self._registry
+                f"vllm:{name}", text, LABELS, buckets=tuple(buckets), registry=registry
             )
 
         self.ttft = histogram(
@@ -101,8 +95,20 @@ class Metrics:
             "vllm:request_success",
             "Requests that ended, by reason.",
             (*LABELS, "finished_reason"),
-            registry=self._registry,
+            registry=registry,
         )
+
+
+class Metrics:
+    """What is counted while requests pass; the rest is read from the engine when asked for."""
+
+    def __init__(self, client: EngineClient, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._registry = CollectorRegistry()
+        self._model = Capped()
+        self._tenant = Capped()
+        self._registry.register(EngineCollector(client, self._model, self._tenant))
+        self._sequences = SequenceMetrics(self._registry)
         self._rejections = Counter(
             "vllm:admission_rejections",
             "Requests refused before they were queued.",
@@ -118,7 +124,7 @@ class Metrics:
 
     def watch(self, model: str, prompt_tokens: int) -> Watch:
         """Follow one sequence from now on."""
-        return Watch(self, self._model(model), prompt_tokens, self.clock())
+        return Watch(self._sequences, self._clock, self._model(model), prompt_tokens, self._clock())
 
     def refuse(self, error: Exception, tenant: str | None) -> None:
         """Count a request that was refused, if that was for want of room or by a limit."""
@@ -137,7 +143,8 @@ class Metrics:
 class Watch:
     """Times of one sequence, as its client sees them."""
 
-    metrics: Metrics
+    metrics: SequenceMetrics
+    clock: Callable[[], float]
     model: str
     prompt_tokens: int
     started: float
@@ -146,7 +153,7 @@ class Watch:
     tokens: int = 0
 
     def see(self, event: TokenEvent) -> None:
-        now = self.metrics.clock()
+        now = self.clock()
         labels = (self.model, ENGINE)
         if event.token_ids:
             if self.first is None:

@@ -16,7 +16,8 @@ from pydantic.json_schema import models_json_schema
 from deltaserve.server.auth import is_guarded
 from deltaserve.server.bodies import DetokenizeRequest, EmbeddingRequest, TokenizeChat, TokenizeText
 from deltaserve.server.protocol import ChatRequest, CompletionRequest
-from deltaserve.server.routes_deltas import Change, LoadAdapter, Publish, Rollback, UnloadAdapter
+from deltaserve.server.routes_adapters import LoadAdapter, UnloadAdapter
+from deltaserve.server.routes_deltas import Change, Publish, Rollback
 from deltaserve.tenancy.tenants import KeySettings, NewKey, Tenant
 
 BODIES: dict[str, tuple[type[BaseModel], ...]] = {

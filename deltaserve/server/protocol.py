@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
@@ -169,9 +170,9 @@ class GenerationRequest(Body):
         return only_one(found)
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens to report beside each token; None is no report."""
-        raise NotImplementedError
 
     @property
     def num_prompt_logprobs(self) -> int | None:

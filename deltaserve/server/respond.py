@@ -56,11 +56,7 @@ async def respond(
     if body.stream:
         events = _events(generation, shape, envelope, body)
         return EventStream(events, on_close=generation.abort)
-    try:
-        pieces = await while_connected(request.receive, collect(generation))
-        await generation.settle()
-    finally:
-        generation.abort()
+    pieces = await collect(request, generation)
     about = {**envelope, "usage": generation.usage()}
     if body.num_logprobs is None and body.num_prompt_logprobs is None:
         return json_response(_whole(about, shape, pieces))
@@ -79,8 +75,17 @@ def with_list(about: dict[str, Any], name: str, items: Iterable[Any]) -> bytes:
     return encode(about)[:-1] + b', "%b": [%b]}' % (name.encode(), listed)
 
 
-async def collect(generation: Generation) -> list[Piece]:
-    """Each choice in one piece, in order."""
+async def collect(request: Request, generation: Generation) -> list[Piece]:
+    """Each choice in one piece, in order; the generation is aborted if the client leaves."""
+    try:
+        pieces = await while_connected(request.receive, _joined(generation))
+        await generation.settle()
+    finally:
+        generation.abort()
+    return pieces
+
+
+async def _joined(generation: Generation) -> list[Piece]:
     found: dict[int, list[Piece]] = {}
     async for piece in generation.pieces():
         found.setdefault(piece.index, []).append(piece)

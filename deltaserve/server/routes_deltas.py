@@ -1,4 +1,4 @@
-"""The administrator's routes for deltas, and vLLM's names for two of them."""
+"""The administrator's routes for deltas; under vLLM's names they are in ``routes_adapters``."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ Name = Annotated[str, Field(min_length=1, max_length=128)]
 Path = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
-class _Body(BaseModel):
+class DeltaBody(BaseModel):
+    """What is sent to a route of deltas: no conversions, no field ignored."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class Publish(_Body):
+class Publish(DeltaBody):
     name: Name
     path: Path | None = None
     """A directory in one of the roots, hf://OWNER/NAME@REVISION, or an address of an object store
@@ -35,32 +37,16 @@ class Publish(_Body):
     pinned: bool | None = None
 
 
-class Change(_Body):
+class Change(DeltaBody):
     pinned: bool
 
 
-class Rollback(_Body):
+class Rollback(DeltaBody):
     version: Annotated[int, Field(ge=1)] | None = None
-
-
-class LoadAdapter(_Body):
-    lora_name: Name
-    lora_path: Path
-    load_inplace: bool = False
-
-
-class UnloadAdapter(_Body):
-    lora_name: Name
-    lora_int_id: int | None = None
-    """Accepted because vLLM's clients send it; names are enough."""
 
 
 def deltas_router(deltas: Deltas, accounts: Accounts) -> APIRouter:
     router = APIRouter()
-
-    async def note(action: str, name: str, after: dict[str, Any] | None) -> None:
-        kept = after and {key: after[key] for key in ("version", "pinned")}
-        await asyncio.to_thread(accounts.note, ADMIN, action, f"delta/{name}", None, kept)
 
     @router.get("/v1/deltas")
     async def list_deltas() -> Response:
@@ -73,18 +59,8 @@ def deltas_router(deltas: Deltas, accounts: Accounts) -> APIRouter:
     @router.post("/v1/deltas")
     async def publish_delta(request: Request) -> Response:
         body = validate(Publish, await read_object(request))
-        if (body.path is None) == (body.version is None):
-            raise RequestError("give either path or version", param="path")
-        if body.path is not None:
-            shown = await deltas.publish(
-                body.name, body.path, digest=body.digest, pinned=body.pinned
-            )
-        else:
-            assert body.version is not None
-            if body.digest is not None:
-                raise RequestError("digest goes with path; a version has its own", param="digest")
-            shown = await deltas.activate(body.name, body.version, pinned=body.pinned)
-        await note("publish_delta", body.name, shown)
+        shown = await _publish(deltas, body)
+        await note(accounts, "publish_delta", body.name, shown)
         return json_response(shown)
 
     @router.post("/v1/deltas/{name:path}/rollback")
@@ -94,14 +70,14 @@ def deltas_router(deltas: Deltas, accounts: Accounts) -> APIRouter:
             shown = await deltas.roll_back(name)
         else:
             shown = await deltas.activate(name, body.version)
-        await note("roll_back_delta", name, shown)
+        await note(accounts, "roll_back_delta", name, shown)
         return json_response(shown)
 
     @router.patch("/v1/deltas/{name:path}")
     async def change_delta(name: str, request: Request) -> Response:
         body = validate(Change, await read_object(request))
         shown = await deltas.pin(name, body.pinned)
-        await note("change_delta", name, shown)
+        await note(accounts, "change_delta", name, shown)
         return json_response(shown)
 
     @router.delete("/v1/deltas/{name:path}")
@@ -109,29 +85,28 @@ def deltas_router(deltas: Deltas, accounts: Accounts) -> APIRouter:
         """Without a version: the whole delta. Returns when its memory is free."""
         if version is not None:
             shown = await deltas.remove_version(name, version)
-            await note(f"delete_version {version}", name, shown)
+            await note(accounts, f"delete_version {version}", name, shown)
             return json_response(shown)
         await deltas.remove(name)
-        await note("delete_delta", name, None)
+        await note(accounts, "delete_delta", name, None)
         return json_response({"object": "delta", "name": name, "deleted": True})
 
-    @router.post("/v1/load_lora_adapter")
-    async def load_adapter(request: Request) -> Response:
-        body = validate(LoadAdapter, await read_object(request))
-        if not body.load_inplace and body.lora_name in [d["name"] for d in await deltas.show_all()]:
-            raise RequestError(
-                f"{body.lora_name} has been loaded already: send load_inplace to replace it",
-                param="lora_name",
-            )
-        shown = await deltas.publish(body.lora_name, body.lora_path)
-        await note("publish_delta", body.lora_name, shown)
-        return Response(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
-
-    @router.post("/v1/unload_lora_adapter")
-    async def unload_adapter(request: Request) -> Response:
-        body = validate(UnloadAdapter, await read_object(request))
-        await deltas.remove(body.lora_name)
-        await note("delete_delta", body.lora_name, None)
-        return Response(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
-
     return router
+
+
+async def note(accounts: Accounts, action: str, name: str, after: dict[str, Any] | None) -> None:
+    """Put a change of a delta into the audit. after: the delta as it is shown now, None if it is
+    gone."""
+    kept = after and {key: after[key] for key in ("version", "pinned")}
+    await asyncio.to_thread(accounts.note, ADMIN, action, f"delta/{name}", None, kept)
+
+
+async def _publish(deltas: Deltas, body: Publish) -> dict[str, Any]:
+    if (body.path is None) == (body.version is None):
+        raise RequestError("give either path or version", param="path")
+    if body.path is not None:
+        return await deltas.publish(body.name, body.path, digest=body.digest, pinned=body.pinned)
+    assert body.version is not None
+    if body.digest is not None:
+        raise RequestError("digest goes with path; a version has its own", param="digest")
+    return await deltas.activate(body.name, body.version, pinned=body.pinned)

@@ -18,7 +18,6 @@ from deltaserve.server.prompts import beside, text_prompts
 from deltaserve.server.reading import read_request
 from deltaserve.server.requests import Service, check_prompt
 from deltaserve.server.respond import collect, with_list
-from deltaserve.server.sse import while_connected
 
 
 def embeddings_router(service: Service) -> APIRouter:
@@ -33,11 +32,7 @@ def embeddings_router(service: Service) -> APIRouter:
         limits = [check_prompt(model, prompt, 0, None, "input") for prompt in prompts]
         request_id = f"embd-{request.state.request_id}"
         generation = service.generation(request, request_id, work, model, prompts, limits)
-        try:
-            pieces = await while_connected(request.receive, collect(generation))
-            await generation.settle()
-        finally:
-            generation.abort()
+        pieces = await collect(request, generation)
         count = generation.prompt_tokens
         about = {
             "id": request_id,

@@ -105,8 +105,7 @@ def _attend(
         weight = q_THD.new_empty(spans, num_tokens, num_heads, dtype=torch.float32)
     block_l, warps = tile_of(rows, head_dim)
     block_dim = max(MIN_DIM, triton.next_power_of_2(head_dim))
-    programs = len(blocks.row_P)
-    kernels.attend[(programs, num_kv_heads, spans)](
+    kernels.attend[(len(blocks.row_P), num_kv_heads, spans)](
         out_THD,
         partial,
         weight,
@@ -139,18 +138,31 @@ def _attend(
         num_stages=STAGES,
     )
     if spans > 1:
-        kernels.merge_spans[(programs, num_heads)](
-            out_THD,
-            partial,
-            weight,
-            blocks.row_P,
-            blocks.first_P,
-            batch.len_R,
-            num_tokens,
-            num_heads,
-            HEAD_DIM=head_dim,
-            WINDOW=window,
-            SPAN=batch.span,
-            BLOCK_D=block_dim,
-            num_warps=1,
-        )
+        _merge(out_THD, partial, weight, batch, blocks, window, block_dim)
+
+
+def _merge(
+    out_THD: torch.Tensor,
+    partial_XTHD: torch.Tensor,
+    weight_XTH: torch.Tensor,
+    batch: PagedBatch,
+    blocks: QueryBlocks,
+    window: int,
+    block_dim: int,
+) -> None:
+    num_tokens, num_heads, head_dim = out_THD.shape
+    kernels.merge_spans[(len(blocks.row_P), num_heads)](
+        out_THD,
+        partial_XTHD,
+        weight_XTH,
+        blocks.row_P,
+        blocks.first_P,
+        batch.len_R,
+        num_tokens,
+        num_heads,
+        HEAD_DIM=head_dim,
+        WINDOW=window,
+        SPAN=batch.span,
+        BLOCK_D=block_dim,
+        num_warps=1,
+    )

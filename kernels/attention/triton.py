@@ -49,6 +49,21 @@ def scatter_kv(
 
 
 @triton.jit
+def slots_of(table, position_L, real_L, BLOCK_SIZE: tl.constexpr):
+    """Where the tokens at these positions of a sequence lie in the cache."""
+    block_L = tl.load(table + position_L // BLOCK_SIZE, mask=real_L, other=0).to(tl.int64)
+    return block_L * BLOCK_SIZE + position_L % BLOCK_SIZE
+
+
+@triton.jit
+def capped(score, softcap):
+    """softcap * tanh(score / softcap), by exponentials of negative numbers: none overflows."""
+    e = tl.exp2(tl.abs(score) * (-2 * LOG2_E) / softcap)
+    bounded = softcap * (1 - e) / (1 + e)
+    return tl.where(score < 0, -bounded, bounded)
+
+
+@triton.jit
 def attend(
     out_THD,
     partial_XTHD,
@@ -117,17 +132,13 @@ def attend(
     for first in range(low, high, BLOCK_L):
         position_L = first + tl.arange(0, BLOCK_L)
         real_L = position_L < high
-        block_L = tl.load(table + position_L // BLOCK_SIZE, mask=real_L, other=0).to(tl.int64)
-        slot_L = block_L * BLOCK_SIZE + position_L % BLOCK_SIZE
+        slot_L = slots_of(table, position_L, real_L, BLOCK_SIZE)
         at_L = slot_L * stride_cache + kv_head * HEAD_DIM
         mask_LD = real_L[:, None] & real_D[None, :]
         k_LD = tl.load(k_cache + at_L[:, None] + d[None, :], mask=mask_LD, other=0.0)
         score_ML = tl.dot(q_MD, tl.trans(k_LD), input_precision="ieee") * scale
         if SOFTCAP:
-            # tanh by exponentials of negative numbers, which cannot overflow.
-            e = tl.exp2(tl.abs(score_ML) * (-2 * LOG2_E) / softcap)
-            bounded = softcap * (1 - e) / (1 + e)
-            score_ML = tl.where(score_ML < 0, -bounded, bounded)
+            score_ML = capped(score_ML, softcap)
         seen = real_L[None, :] & (position_L[None, :] <= position_M[:, None])
         if WINDOW > 0:
             seen &= position_L[None, :] > position_M[:, None] - WINDOW

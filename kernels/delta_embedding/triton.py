@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve.kernels.delta_matmul.triton import fields_of, levels, operand
+from deltaserve.kernels.delta_matmul.triton import fields_of, levels, operand, packed_words
 
 
 @triton.jit
@@ -56,12 +56,7 @@ def embed_packed(
         row = place_of(operand(tl.load(fields + 2), tl.int32), num_rows, row)
     if (row < 0) | (row >= num_rows):
         return
-    if BITS == 1:
-        words = operand(address, tl.uint8)
-    elif BITS == 2:
-        words = operand(address, tl.int16)
-    else:
-        words = operand(address, tl.int32)
+    words = packed_words(address, BITS)
     scales = operand(tl.load(fields + 1), tl.bfloat16)
     planes, steps = tl.load(fields + 4).to(tl.int32), tl.load(fields + 5).to(tl.int32)
     tiles = tl.cdiv(num_in, 8 * LANES)

@@ -38,6 +38,18 @@ def operand(address, dtype: tl.constexpr):
 
 
 @triton.jit
+def packed_words(address, BITS: tl.constexpr):
+    """An operand of words, each the codes of eight inputs."""
+    if BITS == 1:
+        words = operand(address, tl.uint8)
+    elif BITS == 2:
+        words = operand(address, tl.int16)
+    else:
+        words = operand(address, tl.int32)
+    return words
+
+
+@triton.jit
 def levels(words, shift, BITS: tl.constexpr, dtype: tl.constexpr):
     """Codes -> 2 * code - top, odd integers that every dtype holds exactly.
 
@@ -93,6 +105,35 @@ def load_words(words, tile, n_N, real_N, num_out, lane_L):
 
 
 @triton.jit
+def add_step(
+    run_NM, codes, places, i, x_rows, real_M, k, real_K, CODEC: tl.constexpr, BITS: tl.constexpr
+):
+    """run + step i of a tile times the chunk's rows at the inputs ``k``."""
+    dtype: tl.constexpr = x_rows.dtype.element_ty
+    if CODEC == "int":
+        x_LM = tl.load(
+            x_rows[None, :] + k[:, None],
+            mask=real_M[None, :] & real_K[:, None],
+            other=0.0,
+            eviction_policy="evict_last",
+        )
+        w_NL = levels(codes, i * BITS, BITS, dtype)
+        run_NM = tl.dot(w_NL, x_LM, run_NM, input_precision="ieee")
+    else:
+        x_ML4 = tl.load(
+            x_rows[:, None] + k[None, :],
+            mask=real_M[:, None] & real_K[None, :],
+            other=0.0,
+            eviction_policy="evict_last",
+        )
+        x_quads = split_quads(x_ML4)
+        for offset in tl.static_range(4):
+            w_NL = kept_level(codes, places, i, offset, BITS, dtype)
+            run_NM = tl.dot(w_NL, x_quads[offset], run_NM, input_precision="ieee")
+    return run_NM
+
+
+@triton.jit
 def packed_matmul(
     y_TN,
     partial_XTN,
@@ -130,19 +171,13 @@ def packed_matmul(
     n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if tl.program_id(1) * BLOCK_N >= num_out:
         return
-    if BITS == 1:
-        words = operand(address, tl.uint8)
-    elif BITS == 2:
-        words = operand(address, tl.int16)
-    else:
-        words = operand(address, tl.int32)
+    words = packed_words(address, BITS)
     scales = operand(tl.load(fields + 1), tl.bfloat16)
     extra = tl.load(fields + 2)
     steps = tl.load(fields + 5).to(tl.int32)
     row_M, real_M = chunk_rows(start_C, end_C, chunk, BLOCK_M)
     real_N = n_N < num_out
     x_rows = x_TK + row_M.to(tl.int64) * stride_x
-    dtype: tl.constexpr = x_TK.dtype.element_ty
 
     tiles = tl.cdiv(num_in, STEPS * STEP_K)
     groups = tl.cdiv(tiles * STEPS, steps)
@@ -156,34 +191,16 @@ def packed_matmul(
         plane = tile // tiles
         first_step = (tile - plane * tiles) * STEPS
         codes = load_words(words, tile, n_N, real_N, num_out, lane_L)
+        places = codes
         if CODEC == "nm24":
             places = load_words(operand(extra, tl.int16), tile, n_N, real_N, num_out, lane_L)
         for run in tl.static_range(STEPS // RUN):
             run_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for i in tl.static_range(run * RUN, (run + 1) * RUN):
                 k = (first_step + i) * STEP_K + k_step
-                real_K = k < num_in
-                if CODEC == "int":
-                    x_LM = tl.load(
-                        x_rows[None, :] + k[:, None],
-                        mask=real_M[None, :] & real_K[:, None],
-                        other=0.0,
-                        eviction_policy="evict_last",
-                    )
-                    run_NM = tl.dot(
-                        levels(codes, i * BITS, BITS, dtype), x_LM, run_NM, input_precision="ieee"
-                    )
-                else:
-                    x_ML4 = tl.load(
-                        x_rows[:, None] + k[None, :],
-                        mask=real_M[:, None] & real_K[None, :],
-                        other=0.0,
-                        eviction_policy="evict_last",
-                    )
-                    x_quads = split_quads(x_ML4)
-                    for offset in tl.static_range(4):
-                        w_NL = kept_level(codes, places, i, offset, BITS, dtype)
-                        run_NM = tl.dot(w_NL, x_quads[offset], run_NM, input_precision="ieee")
+                run_NM = add_step(
+                    run_NM, codes, places, i, x_rows, real_M, k, k < num_in, CODEC, BITS
+                )
             group = plane * groups + (first_step + run * RUN) // steps
             scale_N = tl.load(scales + group * num_out + n_N, mask=real_N, other=0.0)
             # Levels are doubled codes.

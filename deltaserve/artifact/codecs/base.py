@@ -73,11 +73,20 @@ class Codec(Protocol):
 
 
 class AdditiveCodec(Codec, Protocol):
-    """A codec of ``fine_tuned - base``."""
+    """A codec of ``fine_tuned - base``; those that are inherit from it."""
+
+    additive: bool = True
 
     def delta(self, enc: Encoded) -> torch.Tensor:
         """The stored difference, float32, in the fine-tuned parameter's shape."""
         ...
+
+    def decode(self, enc: Encoded, base: torch.Tensor | None) -> torch.Tensor:
+        return apply_delta(base, self.delta(enc), enc.dtype)
+
+    def resident_bytes(self, enc: Encoded) -> int:
+        """It is applied as it is stored."""
+        return enc.num_bytes
 
 
 def align_rows(base: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from deltaserve.artifact.codecs.base import (
+    AdditiveCodec,
     Encoded,
     Layout,
-    apply_delta,
     difference,
     matrix_shape,
     require_finite,
@@ -59,7 +59,7 @@ class IntParams:
         return Grid(self.bits, self.group_size, self.scale_axis, self.symmetric, self.clip)
 
 
-class IntCodec:
+class IntCodec(AdditiveCodec):
     """Parts, with the parameter seen as [N, K] and P planes:
 
     codes uint8 [P, N, ceil(K*bits/8)]; scales bf16 [P, N, G] (axis group; row: G = 1),
@@ -67,7 +67,6 @@ class IntCodec:
     """
 
     name = "int"
-    additive = True
 
     def encode(self, tensor: torch.Tensor, base: torch.Tensor | None, **params: Any) -> Encoded:
         p = parse_params(IntParams, self.name, params)
@@ -108,12 +107,6 @@ class IntCodec:
             )
             dequantise_into(out, plane, p.grid)
         return out.view(enc.shape)
-
-    def decode(self, enc: Encoded, base: torch.Tensor | None) -> torch.Tensor:
-        return apply_delta(base, self.delta(enc), enc.dtype)
-
-    def resident_bytes(self, enc: Encoded) -> int:
-        return enc.num_bytes
 
     def layout(self, params: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         p = parse_params(IntParams, self.name, params)

@@ -14,9 +14,9 @@ import torch
 
 from deltaserve.artifact.codecs.base import (
     FLOATS,
+    AdditiveCodec,
     Encoded,
     Layout,
-    apply_delta,
     difference,
     dtype_name,
     matrix_shape,
@@ -64,7 +64,7 @@ class LowRankParams:
         return Grid(self.bits, 0, "column", True, "mse"), Grid(self.bits, 0, "row", True, "mse")
 
 
-class LowRankCodec:
+class LowRankCodec(AdditiveCodec):
     """Parts, for a parameter seen as [N, K]: u [N, rank], v [rank, K].
 
     With bits: u_codes uint8 [N, ceil(rank*bits/8)], u_scales bf16 [1, rank], v_codes uint8
@@ -72,7 +72,6 @@ class LowRankCodec:
     """
 
     name = "lowrank"
-    additive = True
 
     def encode(self, tensor: torch.Tensor, base: torch.Tensor | None, **params: Any) -> Encoded:
         """Truncated SVD; rank is cut to min(N, K). sqrt of the singular values on each side."""
@@ -148,12 +147,6 @@ class LowRankCodec:
     def delta(self, enc: Encoded) -> torch.Tensor:
         u, v = self.factors(enc)
         return (u.float() @ v.float()).mul_(enc.params.get("scale", 1.0)).view(enc.shape)
-
-    def decode(self, enc: Encoded, base: torch.Tensor | None) -> torch.Tensor:
-        return apply_delta(base, self.delta(enc), enc.dtype)
-
-    def resident_bytes(self, enc: Encoded) -> int:
-        return enc.num_bytes
 
     def layout(self, params: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         p = parse_params(LowRankParams, self.name, params)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from deltaserve.artifact.codecs.base import (
+    AdditiveCodec,
     Encoded,
     Layout,
-    apply_delta,
     difference,
     matrix_shape,
     require_finite,
@@ -49,12 +49,11 @@ class Nf4Params:
     """``nf4`` has no settings: blocks of 64 over the flattened tensor."""
 
 
-class Nf4Codec:
+class Nf4Codec(AdditiveCodec):
     """Parts, for n values: codes uint8 [ceil(n/2)], the earlier value in the high nibble;
     absmax float32 [ceil(n/64)]."""
 
     name = "nf4"
-    additive = True
 
     def encode(self, tensor: torch.Tensor, base: torch.Tensor | None, **params: Any) -> Encoded:
         parse_params(Nf4Params, self.name, params)
@@ -77,12 +76,6 @@ class Nf4Codec:
             scale = largest.repeat_interleave(BLOCK)[: len(values)]
             torch.mul(book[nibbles.int()], scale, out=values)
         return out.view(enc.shape)
-
-    def decode(self, enc: Encoded, base: torch.Tensor | None) -> torch.Tensor:
-        return apply_delta(base, self.delta(enc), enc.dtype)
-
-    def resident_bytes(self, enc: Encoded) -> int:
-        return enc.num_bytes
 
     def layout(self, params: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         parse_params(Nf4Params, self.name, params)

@@ -12,9 +12,9 @@ import torch
 from torch.nn.functional import pad
 
 from deltaserve.artifact.codecs.base import (
+    AdditiveCodec,
     Encoded,
     Layout,
-    apply_delta,
     difference,
     matrix_shape,
     require_finite,
@@ -60,7 +60,7 @@ def kept_columns(columns: int) -> int:
     return -(-columns // 4) * 2
 
 
-class Nm24Codec:
+class Nm24Codec(AdditiveCodec):
     """Parts, for a parameter seen as [N, K] with K2 = kept_columns(K):
 
     codes uint8 [N, ceil(K2*bits/8)]; index uint8 [N, ceil(K2*2/8)], 2 bits per value, its
@@ -68,7 +68,6 @@ class Nm24Codec:
     """
 
     name = "nm24"
-    additive = True
 
     def encode(self, tensor: torch.Tensor, base: torch.Tensor | None, **params: Any) -> Encoded:
         p = parse_params(Nm24Params, self.name, params)
@@ -127,12 +126,6 @@ class Nm24Codec:
             place = index[some].long().view(-1, count // 2, 2)
             fours.scatter_(2, place, values[some].view(-1, count // 2, 2))
         return out[:, :columns].reshape(enc.shape)
-
-    def decode(self, enc: Encoded, base: torch.Tensor | None) -> torch.Tensor:
-        return apply_delta(base, self.delta(enc), enc.dtype)
-
-    def resident_bytes(self, enc: Encoded) -> int:
-        return enc.num_bytes
 
     def layout(self, params: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         p = parse_params(Nm24Params, self.name, params)

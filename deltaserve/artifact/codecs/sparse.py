@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from deltaserve.artifact.codecs.base import (
+    AdditiveCodec,
     Encoded,
     Layout,
-    apply_delta,
     difference,
     matrix_shape,
     require_finite,
@@ -33,11 +33,10 @@ class SparseParams:
         at_least("sparse", "count", self.count, 0)
 
 
-class SparseCodec:
+class SparseCodec(AdditiveCodec):
     """Parts, for a parameter seen as [N, K]: mask uint8 [N, ceil(K/8)]; values [count]."""
 
     name = "sparse"
-    additive = True
 
     def encode(self, tensor: torch.Tensor, base: torch.Tensor | None, **params: Any) -> Encoded:
         """Every value that differs, in the parameter's dtype."""
@@ -61,12 +60,6 @@ class SparseCodec:
         out = torch.zeros(rows, columns, device=kept.device)
         out[kept] = enc.tensors["values"].float()
         return out.view(enc.shape)
-
-    def decode(self, enc: Encoded, base: torch.Tensor | None) -> torch.Tensor:
-        return apply_delta(base, self.delta(enc), enc.dtype)
-
-    def resident_bytes(self, enc: Encoded) -> int:
-        return enc.num_bytes
 
     def layout(self, params: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         count = parse_params(SparseParams, self.name, params).count

@@ -16,7 +16,6 @@ from deltaserve.artifact.codecs.base import (
     AdditiveCodec,
     Encoded,
     Layout,
-    apply_delta,
     difference,
     matrix_shape,
 )
@@ -40,11 +39,10 @@ class SumParams:
                 raise CodecError(f"codec sum: a term is {str(term)[:60]}, not a codec and settings")
 
 
-class SumCodec:
+class SumCodec(AdditiveCodec):
     """Parts: those of term i under the name ``i.<part>``. codecs: what may be a term."""
 
     name = "sum"
-    additive = True
 
     def __init__(self, codecs: Sequence[AdditiveCodec]) -> None:
         self._codecs = {codec.name: codec for codec in codecs}
@@ -97,12 +95,6 @@ class SumCodec:
     def delta(self, enc: Encoded) -> torch.Tensor:
         parts = [self._codecs[term.codec].delta(term) for term in self.terms(enc)]
         return torch.stack(parts).sum(0).view(enc.shape)
-
-    def decode(self, enc: Encoded, base: torch.Tensor | None) -> torch.Tensor:
-        return apply_delta(base, self.delta(enc), enc.dtype)
-
-    def resident_bytes(self, enc: Encoded) -> int:
-        return enc.num_bytes
 
     def layout(self, params: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         p, matrix = parse_params(SumParams, self.name, params), matrix_shape(shape)

@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from deltaserve.artifact.staging import replacing, sync
 from deltaserve.errors import ServiceError
 
 MAGIC = b"deltaserve-journal/1\n"
@@ -51,7 +52,7 @@ class Journal:
         self._file.truncate(good)
         self._file.seek(good)
         os.fsync(self._file.fileno())
-        _sync_folder(folder)
+        sync(folder)
         self.bytes = good
         self._base = good
 
@@ -79,15 +80,11 @@ class Journal:
 
     def compact(self, records: list[Record]) -> None:
         """Replace the history by records that lead to the same state."""
-        partial = self.path.with_suffix(".partial")
-        with open(partial, "wb") as file:
+        with replacing(self.path, durable=True) as partial, partial.open("wb") as file:
             file.write(MAGIC)
             for record in records:
                 file.write(_frame(record))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
-        _sync_folder(self.path.parent)
+        sync(self.path.parent)
         self._file.close()
         self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
         self.bytes = self._base = self._file.seek(0, os.SEEK_END)
@@ -146,11 +143,3 @@ def _lock(folder: Path) -> int:
             f"another dispatcher uses the work folder {folder}; give each its own"
         ) from None
     return lock
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

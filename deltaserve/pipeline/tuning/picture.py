@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
+from deltaserve.artifact.staging import replacing
 from deltaserve.pipeline.trace import Trace
 from deltaserve.pipeline.tuning.recommend import Advice
 
@@ -62,6 +63,5 @@ def _text(x: float, y: float, text: str, kind: str = "") -> str:
 
 
 def write(path: Path, trace: Trace, advice: Advice) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(draw(trace, advice), encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(draw(trace, advice), encoding="utf-8")

@@ -1,7 +1,7 @@
 // One column of the playground: a model's answer as it comes, its times and counts.
 
 import { words } from "./api.js";
-import { h, set, text } from "./dom.js";
+import { button, h, set, text } from "./dom.js";
 import * as f from "./format.js";
 import { stream } from "./sse.js";
 
@@ -15,7 +15,7 @@ const FACTS = {
 const REASONS = { stop: "ended by itself", length: "reached max tokens", abort: "aborted by the server" };
 
 export function answerColumn(model) {
-  const stop = h("button", { type: "button", class: "button small", "aria-label": `Stop ${model}`, on: { click: () => abort.abort() } }, "Stop");
+  const stop = button("Stop", () => abort.abort(), "small", { "aria-label": `Stop ${model}` });
   const said = h("div", { class: "answer-text", tabindex: "0", role: "region", "aria-label": `Answer of ${model}` });
   const problem = h("p", { class: "problem box", role: "alert", hidden: true });
   const state = h("p", { class: "hint" }, "Waiting for the first token …");

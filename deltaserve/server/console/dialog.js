@@ -2,7 +2,7 @@
 // and focus goes back to where it came from.
 
 import { words } from "./api.js";
-import { h, newId, text } from "./dom.js";
+import { button, h, newId, text } from "./dom.js";
 
 const FOCUSABLE = "button, input, select, textarea, a[href], pre[tabindex], [tabindex='0']";
 
@@ -52,14 +52,14 @@ function keepInside(event) {
 // at the field that the server names if there is one (`fields`: parameter -> field).
 export function form({ content, action, danger = false, fields = {}, run, cancel }) {
   const problem = h("p", { class: "problem box", role: "alert", hidden: true });
-  const button = h("button", { type: "submit", class: danger ? "button danger" : "button primary" }, action);
-  const back = cancel && h("button", { type: "button", class: "button", on: { click: cancel } }, "Cancel");
+  const go = h("button", { type: "submit", class: danger ? "button danger" : "button primary" }, action);
+  const back = cancel && button("Cancel", cancel);
   const node = h("form", { novalidate: true, on: { submit } }, content, problem,
-    h("div", { class: "dialog-actions" }, back, button));
+    h("div", { class: "dialog-actions" }, back, go));
 
   async function submit(event) {
     event.preventDefault();
-    if (button.getAttribute("aria-disabled") === "true") return;
+    if (go.getAttribute("aria-disabled") === "true") return;
     clear();
     busy(true);
     try {
@@ -73,9 +73,9 @@ export function form({ content, action, danger = false, fields = {}, run, cancel
 
   // Not `disabled`, which would throw the focus away.
   function busy(on) {
-    button.setAttribute("aria-disabled", String(on));
+    go.setAttribute("aria-disabled", String(on));
     node.setAttribute("aria-busy", String(on));
-    text(button, on ? `${action} …` : action);
+    text(go, on ? `${action} …` : action);
   }
 
   function clear() {

@@ -89,16 +89,27 @@ export function check(label, control, hint) {
 
 export function command(lines) {
   const code = h("code", {}, lines);
-  const button = h("button", { type: "button", class: "button small", on: { click: copy } }, "Copy");
+  const copying = button("Copy", copy, "small");
   function copy() {
     navigator.clipboard?.writeText(lines).then(
-      () => text(button, "Copied"),
-      () => text(button, "Select it to copy"),
-    ) ?? text(button, "Select it to copy");
-    setTimeout(() => text(button, "Copy"), 2000);
+      () => text(copying, "Copied"),
+      () => text(copying, "Select it to copy"),
+    ) ?? text(copying, "Select it to copy");
+    setTimeout(() => text(copying, "Copy"), 2000);
   }
   const box = h("pre", { tabindex: "0", role: "region", "aria-label": "Command" }, code);
-  return h("div", { class: "command" }, box, button);
+  return h("div", { class: "command" }, box, copying);
+}
+
+// kind: small, primary, danger-quiet, ...
+export function button(label, listener, kind = "", attributes = {}) {
+  return h("button", { type: "button", class: `button ${kind}`.trim(), ...attributes, on: { click: listener } }, label);
+}
+
+// The facts [name, value] of something in a <dl>; [name, value, "whole"] takes all of its width.
+export function showFacts(list, facts) {
+  list.replaceChildren(...facts.map(([name, value, width]) =>
+    h("div", { class: width }, h("dt", {}, name), h("dd", {}, value))));
 }
 
 export const chip = (kind, label) => h("span", { class: `chip ${kind}` }, label);

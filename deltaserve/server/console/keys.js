@@ -1,7 +1,7 @@
 // The keys: asked for once, checked against the server, kept by session.js.
 
 import { ApiError, get } from "./api.js";
-import { chip, field, h } from "./dom.js";
+import { button, chip, field, h } from "./dom.js";
 import * as dialog from "./dialog.js";
 import { day } from "./format.js";
 import { access, forget, keep, session } from "./session.js";
@@ -106,7 +106,7 @@ export function openKeys(changed) {
   function show() {
     const rows = ["admin", "user"].filter((slot) => session.keys[slot]).map((slot) => {
       const name = slot === "admin" ? "Admin key" : userName();
-      const remove = h("button", { type: "button", class: "button small", on: { click: () => drop(slot) } }, `Forget ${name}`);
+      const remove = button(`Forget ${name}`, () => drop(slot), "small");
       const expires = slot === "user" && session.tenant?.expires;
       const facts = expires ? h("span", { class: "hint" }, `until ${day(expires)}`) : null;
       return h("div", { class: "held-key" }, chip("ok", name), facts, remove);
@@ -128,5 +128,5 @@ export function needsKey(title, what, openDialog) {
   return h("div", { class: "empty card" },
     h("h2", { tabindex: "-1" }, title),
     h("p", {}, what),
-    h("button", { type: "button", class: "button primary", on: { click: openDialog } }, "Enter a key"));
+    button("Enter a key", openDialog, "primary"));
 }

@@ -2,7 +2,7 @@
 
 import { ApiError, words } from "./api.js";
 import { beat, connection, Loop, watch } from "./connection.js";
-import { h, set, text } from "./dom.js";
+import { button, h, set, text } from "./dom.js";
 import { identify, needsKey, openKeys, signIn, summary } from "./keys.js";
 import { access, session } from "./session.js";
 import { live } from "./view_live.js";
@@ -148,7 +148,7 @@ function stateInWords() {
   return connection.ready ? ["ok", "Ready"] : ["warn", "Not ready"];
 }
 
-const retry = h("button", { type: "button", class: "button small", on: { click: () => beat() } }, "Try now");
+const retry = button("Try now", () => beat(), "small");
 const bannerWords = h("span");
 
 function showBanner() {

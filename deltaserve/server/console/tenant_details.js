@@ -1,7 +1,7 @@
 // One tenant: limits and how much of them is used, usage, keys.
 
 import { change, segment, words } from "./api.js";
-import { chip, h, keyed, text } from "./dom.js";
+import { button, chip, h, keyed, showFacts, text } from "./dom.js";
 import * as dialog from "./dialog.js";
 import * as f from "./format.js";
 import { limitMeters } from "./limits.js";
@@ -34,14 +34,13 @@ export function openTenant(id, actions) {
   function update() {
     const now = find(id);
     if (now === undefined) return opened.close();
-    showFacts(facts, now);
+    showFacts(facts, factsOf(now));
     meters.update(now);
     keys.update(now);
     if (ours) text(buttons.block, now.blocked ? "Unblock" : "Block …");
   }
 
   function makeButtons() {
-    const button = (label, listener, kind = "") => h("button", { type: "button", class: `button ${kind}`, on: { click: listener } }, label);
     buttons.block = button("Block …", block);
     return [button("Change …", () => openTenantForm(actions, find(id))), buttons.block, button("Delete …", remove, "danger-quiet")];
   }
@@ -76,8 +75,8 @@ export function openTenant(id, actions) {
 
 const failed = (error) => say(words(error), "bad");
 
-function showFacts(list, tenant) {
-  const facts = [
+function factsOf(tenant) {
+  return [
     ["State", tenant.blocked ? chip("bad", "Blocked") : chip("ok", "Open")],
     ["Models", tenant.models.join(", ")],
     ["Weight", f.short(tenant.weight)],
@@ -85,7 +84,6 @@ function showFacts(list, tenant) {
     [`Requests, 30 days`, f.count(tenant.requests)],
     [`Tokens, 30 days`, f.count(tenant.tokens)],
   ];
-  list.replaceChildren(...facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
 }
 
 // -- keys -------------------------------------------------------------------------------------
@@ -93,7 +91,7 @@ function showFacts(list, tenant) {
 function keysPart(id, actions) {
   const list = h("ul", { class: "version-list" });
   const note = h("p", { class: "hint" });
-  const create = h("button", { type: "button", class: "button", "aria-haspopup": "dialog", on: { click: () => openKeyForm(id, actions) } }, "Create a key …");
+  const create = button("Create a key …", () => openKeyForm(id, actions), "", { "aria-haspopup": "dialog" });
   const node = h("div", { class: "part" }, h("div", { class: "part-head" }, h("h3", {}, "Keys"), create), list, note);
   node.update = ({ keys }) => {
     const newest = keys.toReversed();
@@ -108,8 +106,8 @@ function keyRow({ id, source }, actions) {
   const state = h("span", { class: "tags" });
   const name = h("b", { class: "break" });
   const facts = h("p", { class: "hint break" });
-  const button = (label, listener) => h("button", { type: "button", class: "button small", "aria-label": `${label} ${id}`, on: { click: listener } }, `${label} …`);
-  const buttons = h("div", { class: "row-actions" }, button("Rotate", () => openRotation(id, actions)), button("Revoke", revoke));
+  const small = (label, listener) => button(`${label} …`, listener, "small", { "aria-label": `${label} ${id}` });
+  const buttons = h("div", { class: "row-actions" }, small("Rotate", () => openRotation(id, actions)), small("Revoke", revoke));
   const node = h("li", {}, h("div", { class: "version-words" }, h("p", {}, name, " ", state), facts), buttons);
   node.update = (key) => {
     const over = key.expires !== null && key.expires <= Date.now() / 1000;

@@ -1,7 +1,7 @@
 // Makes and changes tenants and keys. A new key is shown once: it is nowhere else.
 
 import { change, segment, words } from "./api.js";
-import { check, field, h, text } from "./dom.js";
+import { button, check, field, h, text } from "./dom.js";
 import * as dialog from "./dialog.js";
 import { limitFields, modelsField, readLimits, readModels, readNumber } from "./limits.js";
 import { say } from "./toast.js";
@@ -101,8 +101,8 @@ export function openRotation(id, actions) {
 
 function showKey({ key }, title) {
   const shown = h("output", {}, key);
-  const copy = h("button", { type: "button", class: "button primary", "data-first": true, on: { click: copyKey } }, "Copy");
-  const close = h("button", { type: "button", class: "button", on: { click: () => opened.close() } }, "Done");
+  const copy = button("Copy", copyKey, "primary", { "data-first": true });
+  const close = button("Done", () => opened.close());
   const opened = dialog.open(title, h("div", { class: "secret" },
     h("p", {}, "Copy it now: it is shown this once. The server keeps its digest only."),
     shown, h("div", { class: "dialog-actions" }, copy, close)));

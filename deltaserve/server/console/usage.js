@@ -1,7 +1,7 @@
 // What was used: sums of /v1/usage, for a time and by a group that are chosen.
 
 import { get, segment, send } from "./api.js";
-import { h, text } from "./dom.js";
+import { button, h, text } from "./dom.js";
 import * as f from "./format.js";
 import { say } from "./toast.js";
 
@@ -27,7 +27,7 @@ export function usagePart({ purpose, tenant = null, failed }) {
   const node = h("div", { class: "part" },
     h("div", { class: "part-head" }, h("h3", {}, "Usage"),
       h("div", { class: "row-actions" }, period, group,
-        h("button", { type: "button", class: "button", on: { click: () => download().catch(failed) } }, "CSV"))),
+        button("CSV", () => download().catch(failed)))),
     box, note);
 
   const address = () => {

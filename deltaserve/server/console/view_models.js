@@ -1,9 +1,10 @@
 // The models: base and deltas, where they are, what they take; from here they are managed.
 
 import { get } from "./api.js";
-import { chip, command, h, keyed, set, text } from "./dom.js";
+import { button, chip, command, h, keyed, set, text } from "./dom.js";
 import * as f from "./format.js";
-import { openDetails, openPublish } from "./model_actions.js";
+import { openDetails } from "./model_details.js";
+import { openPublish } from "./publish_form.js";
 import { access, session } from "./session.js";
 
 const PAGE = 50;
@@ -45,11 +46,11 @@ function build(given) {
     h("option", { value: "" }, "All states"),
     Object.entries(STATES).map(([value, [, label]]) => h("option", { value }, label)));
   const publish = access().manage
-    ? h("button", { type: "button", class: "button primary", "aria-haspopup": "dialog", on: { click: () => openPublish(actions) } }, "Publish a delta")
+    ? button("Publish a delta", () => openPublish(actions), "primary", { "aria-haspopup": "dialog" })
     : null;
   const heads = COLUMNS.map((column, index) => head(column, index));
   const rows = h("tbody", { role: "rowgroup" });
-  const more = h("button", { type: "button", class: "button", hidden: true, on: { click: showMore } });
+  const more = button("", showMore, "", { hidden: true });
   const note = h("p", { class: "hint", role: "status" }, "Loading …");
   const empty = teach();
   const table = h("table", { role: "table", class: "cards" },

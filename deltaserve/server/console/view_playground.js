@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { answerColumn } from "./answer.js";
-import { field, h, keyed, newId, text } from "./dom.js";
+import { button, field, h, keyed, newId, text } from "./dom.js";
 import * as f from "./format.js";
 import { readNumber } from "./limits.js";
 import { access } from "./session.js";
@@ -41,7 +41,7 @@ function build() {
   };
   const { prompt, ...settings } = fields;
   const go = h("button", { type: "submit", class: "button primary" }, "Ask");
-  const stop = h("button", { type: "button", class: "button", hidden: true, on: { click: stopAll } }, "Stop all");
+  const stop = button("Stop all", stopAll, "", { hidden: true });
   const state = h("p", { class: "hint", role: "status" }, "Ctrl+Enter asks too.");
   const problem = h("p", { class: "problem", role: "alert", hidden: true });
   const form = h("form", { class: "card ask", novalidate: true, on: { submit: ask } },

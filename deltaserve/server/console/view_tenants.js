@@ -2,7 +2,7 @@
 
 import { get, words } from "./api.js";
 import { meter } from "./chart.js";
-import { chip, h, keyed, text } from "./dom.js";
+import { button, chip, h, keyed, text } from "./dom.js";
 import * as f from "./format.js";
 import { refreshTenant } from "./keys.js";
 import { fillMeter, limitMeters, tightest } from "./limits.js";
@@ -52,14 +52,14 @@ const COLUMNS = [
 
 function buildAll() {
   const filter = h("input", { type: "search", placeholder: "Find a tenant", "aria-label": "Find a tenant", on: { input: draw } });
-  const create = h("button", { type: "button", class: "button primary", "aria-haspopup": "dialog", on: { click: () => openTenantForm(actions) } }, "Create a tenant");
+  const create = button("Create a tenant", () => openTenantForm(actions), "primary", { "aria-haspopup": "dialog" });
   const rows = h("tbody", { role: "rowgroup" });
   const heads = COLUMNS.map(({ label, number }) => h("th", { role: "columnheader", scope: "col", class: number ? "number" : null }, label));
   const table = h("table", { role: "table", class: "cards" }, h("caption", { class: "unseen" }, "Tenants"),
     h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, heads)), rows);
   const box = h("div", { class: "card flush", hidden: true }, table);
   const note = h("p", { class: "hint", role: "status" }, "Loading …");
-  const more = h("button", { type: "button", class: "button", hidden: true, on: { click: showMore } });
+  const more = button("", showMore, "", { hidden: true });
   const empty = h("div", { class: "empty card", hidden: true }, h("h3", {}, "No tenants yet"),
     h("p", {}, "A tenant is a customer: with keys, the models that they open, and limits. Without one nobody can use the models."));
   view = { filter, rows, table, box, note, more, empty, limit: PAGE };

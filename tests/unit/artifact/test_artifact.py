@@ -16,7 +16,7 @@ from deltaserve.artifact.codecs import get_codec
 from deltaserve.artifact.manifest import BaseRef, ClassBytes, Manifest, SourceRef
 from deltaserve.artifact.reader import Delta
 from deltaserve.artifact.safetensors_io import SafetensorsWriter
-from deltaserve.artifact.staging import StagedDirectory
+from deltaserve.artifact.staging import StagedDirectory, replacing
 from deltaserve.artifact.writer import DeltaWriter
 from deltaserve.errors import ArtifactError, BaseMismatchError, ConfigError, OutputExistsError
 
@@ -159,6 +159,17 @@ def test_output_must_be_free(tmp_path):
         StagedDirectory(tmp_path / "file" / "delta"),
     ):
         pass
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "result.json"
+    with replacing(path, durable=True) as partial:
+        partial.write_text("old")
+        assert not path.exists()
+    with pytest.raises(TypeError), replacing(path) as partial, partial.open("w") as file:
+        print("half", file=file, end=0)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def edit(artifact, change):

@@ -13,9 +13,8 @@ from deltaserve.config import (
     EngineConfig,
     ServerConfig,
     hash_key,
-    load_config,
-    parse_deltas,
 )
+from deltaserve.config_sources import load_config, parse_deltas
 from deltaserve.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]

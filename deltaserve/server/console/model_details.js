@@ -1,67 +1,16 @@
-// What is done with a delta: publish, pin, roll back, serve another version, forget one, unload.
+// One model: its facts, and what is done with a delta: pin, roll back, serve another version, forget
+// one, unload.
 
 import { change, segment, words } from "./api.js";
-import { check, chip, command, field, h, keyed, text } from "./dom.js";
+import { button, chip, command, h, keyed, showFacts, text } from "./dom.js";
 import * as dialog from "./dialog.js";
 import * as f from "./format.js";
+import { openPublish } from "./publish_form.js";
 import { access } from "./session.js";
 import { say } from "./toast.js";
 import { find, refreshed, STATES, TIERS } from "./view_models.js";
 
 const path = (name, end = "") => `v1/deltas/${segment(name)}${end}`;
-
-export function openPublish(actions, name = "") {
-  const line = { autocomplete: "off", spellcheck: "false", autocapitalize: "none" };
-  const source = h("select", { on: { change: choose } });
-  const fields = {
-    name: field({ label: "Name", control: h("input", { ...line, value: name, maxlength: 128, "data-first": true, on: { input: offer } }),
-      hint: "What requests put into model. The name of a delta that is served gives it a new version." }),
-    version: field({ label: "From", control: source }),
-    path: field({ label: "Path", control: h("input", { ...line, maxlength: 4096 }),
-      hint: "A directory inside one of the server's --delta-root folders, or hf://OWNER/NAME@REVISION." }),
-    digest: field({ label: "Digest (optional)", control: h("input", { ...line, maxlength: 100 }),
-      hint: "Publish only if it is this one: sha256:…" }),
-  };
-  const pinned = h("input", { type: "checkbox" });
-  const content = [...Object.values(fields), check("Keep it in memory (pinned)", pinned)];
-  const node = dialog.form({ content, action: "Publish", fields, run, cancel: () => opened.close() });
-  offer();
-  const opened = dialog.open("Publish a delta", [
-    h("p", {}, "It is checked and loaded beside what is served; requests get it once it is in memory."), node]);
-
-  function typed(key) {
-    return fields[key].control.value.trim();
-  }
-
-  // The versions that the registry has under this name.
-  function offer() {
-    const { versions = [], version: current } = find(typed("name")) ?? {};
-    const known = versions.filter(({ version }) => version !== current).toReversed();
-    source.replaceChildren(h("option", { value: "" }, "A new path"),
-      ...known.map(({ version, path }) => h("option", { value: version }, `Version ${version} (${path})`)));
-    fields.version.hidden = !known.length;
-    choose();
-  }
-
-  function choose() {
-    fields.path.hidden = fields.digest.hidden = Boolean(source.value);
-  }
-
-  async function run() {
-    const needed = [["name", "Give it a name."], ...(source.value ? [] : [["path", "Say where it is."]])];
-    for (const [key, what] of needed) {
-      if (typed(key)) continue;
-      fields[key].complain(what);
-      return fields[key].control.focus();
-    }
-    const digest = typed("digest");
-    const what = source.value ? { version: Number(source.value) } : { path: typed("path"), ...(digest && { digest }) };
-    const delta = await change("POST", "v1/deltas", { name: typed("name"), ...what, ...(pinned.checked && { pinned: true }) });
-    say(`${delta.name} is served as version ${delta.version}.`);
-    await actions.reload();
-    opened.close();
-  }
-}
 
 export function openDetails(model, actions) {
   const facts = h("dl", { class: "facts" });
@@ -81,15 +30,14 @@ export function openDetails(model, actions) {
     if (now === undefined) return opened.close();
     problem.hidden = !now.error;
     text(problem, now.error ? `The last load failed: ${now.error}` : "");
-    showFacts(facts, now);
+    showFacts(facts, factsOf(now));
     if (!manages) return;
-    showVersions(versions, now, act, actions);
+    showVersions(versions, now, act);
     text(buttons.pin, now.pinned ? "Unpin" : "Pin");
     buttons.back.hidden = !previous(now);
   }
 
   function makeButtons() {
-    const button = (label, listener, kind = "") => h("button", { type: "button", class: `button ${kind}`, on: { click: listener } }, label);
     buttons.pin = button("Pin", pin);
     buttons.back = button("Roll back …", rollBack);
     return [buttons.pin, buttons.back, button("Publish a new version …", renew), button("Unload …", unload, "danger-quiet")];
@@ -151,10 +99,10 @@ export function openDetails(model, actions) {
 const previous = ({ version, versions = [] }) =>
   versions.findLast((one) => one.version < (version ?? 0) && one.state === "ready");
 
-function showFacts(list, model) {
+function factsOf(model) {
   const [kind, label] = STATES[model.state] ?? ["", model.state];
   const { bytes } = model;
-  const facts = [
+  return [
     ["State", chip(kind, label)],
     ["Tier", TIERS[model.tier] ?? model.tier],
     ["Requests", f.count(model.requests)],
@@ -163,10 +111,8 @@ function showFacts(list, model) {
     ["As a whole model", bytes ? f.bytes(bytes.full) : f.NONE],
     ["Codecs", model.codecs?.length ? model.codecs.join(", ") + (model.merged ? ", merged" : "") : null],
     ["Longest sequence", model.max_model_len ? `${f.count(model.max_model_len)} tokens` : null],
-    ["Digest", model.digest ? h("code", { class: "break" }, model.digest) : null],
+    ["Digest", model.digest ? h("code", { class: "break" }, model.digest) : null, "whole"],
   ].filter(([, value]) => value !== null);
-  list.replaceChildren(...facts.map(([name, value]) =>
-    h("div", { class: name === "Digest" ? "whole" : null }, h("dt", {}, name), h("dd", {}, value))));
 }
 
 function showVersions(place, model, act) {
@@ -181,8 +127,8 @@ function showVersions(place, model, act) {
 function versionRow(name, { version, path: source, digest, created }, act) {
   const state = h("span", { class: "tags" });
   const error = h("p", { class: "problem" });
-  const serve = h("button", { type: "button", class: "button small", "aria-label": `Serve version ${version}`, on: { click: activate } }, "Serve");
-  const drop = h("button", { type: "button", class: "button small", "aria-label": `Forget version ${version}`, on: { click: forget } }, "Forget");
+  const serve = button("Serve", activate, "small", { "aria-label": `Serve version ${version}` });
+  const drop = button("Forget", forget, "small", { "aria-label": `Forget version ${version}` });
   const node = h("li", {},
     h("div", { class: "version-words" },
       h("p", {}, h("b", {}, `Version ${version}`), " ", state),
