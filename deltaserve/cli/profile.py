@@ -47,6 +47,12 @@ def profile_plan(
             f"{found.rate:.4g} with {found.settings}",
             soft_wrap=True,
         )
+        for each in found.tried[1:]:
+            console.print(
+                f"tried beside {found.tried[0].settings}: {each.settings}, "
+                f"{each.share:.2f} times as fast",
+                soft_wrap=True,
+            )
     else:
         trace, advice = profile(work, start, seconds)
         show(console, trace, advice)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from deltaserve.artifact.staging import replacing
 from deltaserve.errors import PipelineError
 
 FORMAT = "deltaserve-trace/1"
+SUMS = ("made", "taken", "timed", "cpu_ns", "wall_ns", "queued_ns", "bytes", "read_bytes")
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,29 @@ def merge(parts: list[OperatorFigures]) -> OperatorFigures:
     """One operator as several processes saw it."""
     if len(parts) == 1:
         return parts[0]
-    first, sums = parts[0], {}
-    for each in fields(OperatorFigures):
-        if each.name in ("made", "taken", "timed", "cpu_ns", "wall_ns", "queued_ns", "bytes",
-                         "read_bytes", "buffered"):  # fmt: skip
-            sums[each.name] = sum(getattr(part, each.name) for part in parts)
-    return OperatorFigures(**asdict(first) | {"inputs": first.inputs} | sums)
+    sums = {name: sum(getattr(part, name) for part in parts) for name in (*SUMS, "buffered")}
+    return replace(parts[0], **sums)
+
+
+def difference(before: Trace, after: Trace) -> Trace:
+    """What happened between two traces of one run."""
+    operators = {
+        name: _minus(each, before.operators.get(name)) for name, each in after.operators.items()
+    }
+    return replace(
+        after,
+        operators=operators,
+        wall_ns=after.wall_ns - before.wall_ns,
+        stalled_ns=after.stalled_ns - before.stalled_ns,
+        consumer_ns=after.consumer_ns - before.consumer_ns,
+        elements=after.elements - before.elements,
+    )
+
+
+def _minus(now: OperatorFigures, then: OperatorFigures | None) -> OperatorFigures:
+    if then is None:
+        return now
+    # Scaled totals may shrink a little when the scale does.
+    left = {name: max(0, getattr(now, name) - getattr(then, name)) for name in SUMS}
+    handed = now.handed if then.handed is None or now.handed is None else now.handed - then.handed
+    return replace(now, handed=handed, **left)

@@ -3,7 +3,9 @@
 An operator's clocks stop while it calls its inputs, so times are its own. Reading three clocks
 takes 1 to 3 us, more than some operators need: of all outermost calls of a thread only a random
 few are timed, as many as keep the clocks under ``SHARE`` of the time; all are counted, and
-`figures` scales. Totals live in memory until they are asked for, so no last part is lost.
+`figures` scales. How many that is follows from the time between all calls, timed or not: a
+thread's calls may take 50 us and 500 ms by turns, and who goes by the quick ones skips the slow
+ones. Totals live in memory until they are asked for, so no last part is lost.
 """
 
 from __future__ import annotations
@@ -53,11 +55,12 @@ class _Thread:
         self.depth = 0
         self.frames: list[_Frame] = []
         self.timing = False
+        self.calls = 0
         self.skip = 0
         self.weight = 0
         self.mean_ns = 0.0
         self.cost_ns, self.child_ns = 0.0, 0.0
-        self.entered = 0
+        self.planned = time.perf_counter_ns()
 
     def of(self, name: str) -> list[float]:
         found = self.totals.get(name)
@@ -204,11 +207,10 @@ class Probe:
         thread.depth += 1
         if thread.depth == 1:
             thread.timing = thread.skip <= 0
+            thread.calls += 1
             thread.skip -= 1
             # A timed call stands for those skipped before it: the first, often slow, for itself.
             thread.weight += 1
-            if thread.timing:
-                thread.entered = time.perf_counter_ns()
         if not thread.timing:
             return
         now = thread.clock.read()
@@ -257,13 +259,16 @@ class Probe:
         totals[LOOKS] += 1
 
     def _plan_next(self, thread: _Thread) -> None:
-        """How many outermost calls to skip, at random about the mean that keeps the share."""
-        thread.weight = 0
-        took = time.perf_counter_ns() - thread.entered
+        """How many outermost calls to skip, at random about the mean that keeps the share; never
+        more than there were, since the first few may all have been quick ones."""
+        now = time.perf_counter_ns()
+        took = (now - thread.planned) / thread.weight
+        thread.planned, thread.weight = now, 0
         thread.mean_ns = took if thread.mean_ns == 0 else 0.9 * thread.mean_ns + 0.1 * took
         cost = READS * thread.cost_ns * len(thread.totals)
         skipped = cost / (self._recorder.share * max(1.0, thread.mean_ns))
-        thread.skip = min(MOST_SKIPPED, int(thread.random.expovariate(1.0) * skipped))
+        wanted = int(thread.random.expovariate(1.0) * skipped)
+        thread.skip = min(MOST_SKIPPED, thread.calls, wanted)
 
 
 def _charge(frame: _Frame, now: Reading) -> None:

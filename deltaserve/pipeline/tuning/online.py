@@ -4,44 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Protocol
 
-from deltaserve.pipeline.trace import OperatorFigures, Trace
+from deltaserve.pipeline.trace import Trace, difference
 from deltaserve.pipeline.tuning.controller import Controller, StageWindow, Window
 from deltaserve.pipeline.tuning.rates import demands
-
-SUMS = ("made", "taken", "timed", "cpu_ns", "wall_ns", "queued_ns", "bytes", "read_bytes")
 
 
 class Adjustable(Protocol):
     def trace(self) -> Trace: ...
 
     def set_parallelism(self, node_name: str, n: int) -> None: ...
-
-
-def difference(before: Trace, after: Trace) -> Trace:
-    """What happened between two traces of one run."""
-    operators = {
-        name: _minus(each, before.operators.get(name)) for name, each in after.operators.items()
-    }
-    return replace(
-        after,
-        operators=operators,
-        wall_ns=after.wall_ns - before.wall_ns,
-        stalled_ns=after.stalled_ns - before.stalled_ns,
-        consumer_ns=after.consumer_ns - before.consumer_ns,
-        elements=after.elements - before.elements,
-    )
-
-
-def _minus(now: OperatorFigures, then: OperatorFigures | None) -> OperatorFigures:
-    if then is None:
-        return now
-    # Scaled totals may shrink a little when the scale does.
-    left = {name: max(0, getattr(now, name) - getattr(then, name)) for name in SUMS}
-    handed = now.handed if then.handed is None or now.handed is None else now.handed - then.handed
-    return replace(now, handed=handed, **left)
 
 
 def window(before: Trace, after: Trace) -> Window | None:

@@ -31,6 +31,7 @@ from deltaserve.pipeline.tuning.rates import Demand
 HEDGE = 2
 SPARE = 1.25
 ENOUGH = 0.97
+UNSURE = 0.85
 Line = tuple[float, float]
 """bandwidth <= slope * threads + offset, bytes a second."""
 
@@ -71,8 +72,15 @@ class Allocation:
 
 
 def allocate(found: Mapping[str, Demand], resources: Resources) -> Allocation:
-    """The best allocation over all numbers of processes; fewer processes win unless they cost
-    more than 3 % of the rate. Raises PipelineError when not even the least fits the memory."""
+    """The best of `allocations`. Raises PipelineError: see there."""
+    return best_of(allocations(found, resources))
+
+
+def allocations(found: Mapping[str, Demand], resources: Resources) -> list[Allocation]:
+    """For threads, and for each number of processes that fits.
+
+    Raises PipelineError: not even the least fits the memory.
+    """
     options = []
     for processes in range(resources.max_processes + 1 if resources.locked else 1):
         option = _Program(found, resources, processes).solve()
@@ -83,8 +91,21 @@ def allocate(found: Mapping[str, Demand], resources: Resources) -> Allocation:
             f"the least that this pipeline needs does not fit {resources.memory:.3g} bytes of "
             "memory: give it more, or make buffers, windows or batches smaller"
         )
+    return options
+
+
+def best_of(options: Sequence[Allocation]) -> Allocation:
+    """Fewer processes win unless they cost more than 3 % of the rate."""
     best = max(option.rate for option in options)
     return next(option for option in options if option.rate >= ENOUGH * best)
+
+
+def other_way(options: Sequence[Allocation], chosen: Allocation) -> Allocation | None:
+    """The best with processes where threads are chosen, and with threads where processes are,
+    if the program cannot tell which is faster: what passing the lock around costs is not in it."""
+    others = [each for each in options if bool(each.processes) != bool(chosen.processes)]
+    other = best_of(others) if others else None
+    return other if other and other.rate >= UNSURE * chosen.rate else None
 
 
 class _Program:

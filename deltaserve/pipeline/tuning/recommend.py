@@ -9,7 +9,14 @@ from typing import Literal
 from deltaserve.pipeline.trace import Trace
 from deltaserve.pipeline.tuning.analytic import Model, Operator
 from deltaserve.pipeline.tuning.cacheplace import Nature, Place, place, places
-from deltaserve.pipeline.tuning.program import Allocation, Resources, allocate
+from deltaserve.pipeline.tuning.program import (
+    Allocation,
+    Resources,
+    allocate,
+    allocations,
+    best_of,
+    other_way,
+)
 from deltaserve.pipeline.tuning.rates import Demand, Lone, bottleneck, demands, root_prefetch
 from deltaserve.pipeline.tuning.search import Budget, hill_climb
 
@@ -23,7 +30,8 @@ class Advice:
     allocation: threads and processes; its rate is an upper bound. warm: the same once the
     caches are filled. caches: where they pay (none without a second epoch). refused: why
     nothing nearer the root may be cached. prefetch: elements at the root. parts: of fused
-    operators, the share of the time that each part takes."""
+    operators, the share of the time that each part takes. other: processes instead of threads,
+    or threads instead of processes, where the program cannot tell which is faster."""
 
     bottleneck: str
     demands: Mapping[str, Demand]
@@ -33,6 +41,7 @@ class Advice:
     refused: tuple[Place, ...]
     prefetch: int
     parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    other: Allocation | None = None
 
     @property
     def slowest(self) -> str:
@@ -67,7 +76,8 @@ def advise(
         chosen = place(found, natures, room)
         refused = [each for each in places(found, natures).values() if not each.legal]
     warm = demands(trace, lone=lone, cached={each.name for each in chosen})
-    cold = allocate(found, resources) if by == "program" else climb(trace, found, resources)
+    options = allocations(found, resources) if by == "program" else []
+    cold = best_of(options) if options else climb(trace, found, resources)
     return Advice(
         bottleneck(trace, lone=lone),
         found,
@@ -77,6 +87,7 @@ def advise(
         tuple(refused),
         min(MOST_PREFETCH, max(2, root_prefetch(trace))),
         parts or {},
+        other_way(options, cold),
     )
 
 
