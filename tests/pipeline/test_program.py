@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from deltaserve.errors import PipelineError
-from deltaserve.pipeline.tuning.program import Resources, allocate, fit_bandwidth
+from deltaserve.pipeline.tuning.program import (
+    Resources,
+    allocate,
+    allocations,
+    best_of,
+    fit_bandwidth,
+    other_way,
+)
 from deltaserve.pipeline.tuning.rates import Demand
 
 
@@ -24,6 +31,24 @@ def test_cores_are_shared_in_proportion():
     assert found.rate == pytest.approx(1000)
     assert found.exact == pytest.approx({"a": 6, "b": 2}, rel=1e-4)
     assert found.limits == ("cores",)
+
+
+def test_where_the_lock_hardly_binds_processes_are_worth_a_trial():
+    machine = Resources(cores=2, max_processes=2, locked=True)
+    options = allocations(plan(op("work", 2, gil=0.5)), machine)
+    chosen = best_of(options)
+    assert chosen.processes == 0
+    other = other_way(options, chosen)
+    assert other is not None
+    assert other.processes == 2
+
+
+def test_where_the_lock_binds_threads_are_not():
+    machine = Resources(cores=4, max_processes=4, locked=True)
+    options = allocations(plan(op("work", 2, gil=1.0)), machine)
+    chosen = best_of(options)
+    assert chosen.processes > 1
+    assert other_way(options, chosen) is None
 
 
 def test_serial_operators_of_one_thread_add_up():

@@ -41,11 +41,12 @@ def side_by_side(settings: Sequence[Settings], rate_of: Callable[[Settings], flo
         turns += 1
         best = max(rates[each][-1] for each in running)
         running = [each for each in running if not each or rates[each][-1] >= BEHIND * best]
-    shares = [[a / b for a, b in zip(found, rates[0], strict=False)] for found in rates]
-    return [
-        Tried(each, *map(statistics.median, (rates[n], shares[n])), n in running)
-        for n, each in enumerate(settings)
-    ]
+    tried = []
+    for number, setting in enumerate(settings):
+        shares = [a / b for a, b in zip(rates[number], rates[0], strict=False)]
+        rate, share = statistics.median(rates[number]), statistics.median(shares)
+        tried.append(Tried(setting, rate, share, number in running))
+    return tried
 
 
 def fastest(tried: Sequence[Tried]) -> Tried:

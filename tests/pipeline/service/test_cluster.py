@@ -175,7 +175,8 @@ def serving(folder):
 
 def trainer(folder, mode, rows):
     command = [sys.executable, folder / "trainer.py", folder, mode, str(rows)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.slow
