@@ -28,8 +28,11 @@ from deltaserve.compress.weights import reconstruct
 
 # Few bits gain much from being fitted to the end, and must not be judged before it; many do not.
 FEW_BITS, SOON = 1, Solver(rounds=1)
-# A bound must lie so far above what others reach, for text is not quite like other text.
-HOPELESS = 0.9
+# Rows of a matrix that are encoded to price what stores them apart.
+DRAWN = 1 << 9
+# How far a bound may lie from what others reach, in what is left and in what is gained: it is of
+# the text that codes are fitted on, and they are judged on another.
+NEAR = 1.1
 Costs = Sequence[Cost | LookupCost]
 
 
@@ -48,7 +51,7 @@ def priced(
     lost_N = _lost(tensor, reference, costs)
     lost = float(lost_N.sum())
     found = [Candidate(SKIP, 0, lost)] if tensor.shape == reference.shape else []
-    drawn = Spread.over(lost_N)
+    drawn = Spread.over(lost_N, DRAWN)
 
     def add(choice: CodecChoice) -> None:
         error_SK = _error(choice, tensor, reference, hessian, drawn.rows_S)
@@ -63,7 +66,8 @@ def priced(
         best = hull(found)
         for choice in together:
             least = _least(choice, tuple(tensor.shape), lost, left_R, found)
-            if HOPELESS * least <= best(_size(choice, tensor, reference)):
+            others = best(_size(choice, tensor, reference))
+            if least <= NEAR * others and lost - others <= NEAR * (lost - least):
                 add(choice)
     return _undominated(found)
 

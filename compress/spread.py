@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 import torch
 
-DRAWN = 1 << 9
-
 
 @dataclass(frozen=True, eq=False)
 class Spread:
@@ -27,7 +25,7 @@ class Spread:
     weight_S: torch.Tensor
 
     @classmethod
-    def over(cls, lost_N: torch.Tensor, draws: int = DRAWN) -> Spread:
+    def over(cls, lost_N: torch.Tensor, draws: int) -> Spread:
         """lost_N: what each row costs without its change, 0 or more. Every row, with weight 1,
         of a matrix that has no more than are drawn."""
         if len(lost_N) <= draws:
