@@ -22,7 +22,7 @@ from deltaserve.kernels.delta_embedding import rows_of
 if TYPE_CHECKING:
     from deltaserve.compress.change import Change
 
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 """Values of a table, and logits against it, that are in float32 at a time."""
 
 

@@ -12,7 +12,7 @@ from deltaserve.compress.weights import Table
 
 TOKENS, WIDTH, VOCABULARY = 23, 8, 50
 # Values at a time: everything, blocks of 7 tokens and a last one of 1, one token each.
-CHUNKS = [1 << 22, 7 * TOKENS, 1]
+CHUNKS = [1 << 20, 7 * TOKENS, 1]
 
 
 def bent(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
