@@ -7,8 +7,10 @@ same total size has less error. What the last price leaves over is filled greedi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from deltaserve.compress.plan import CodecChoice
 
@@ -56,6 +58,32 @@ def allocate(table: Table, budget: int) -> dict[str, Candidate]:
 def predicted(chosen: Mapping[str, Candidate]) -> float:
     """Divergence of an allocation, nats per token, by the candidates' own errors."""
     return sum(candidate.error for candidate in chosen.values())
+
+
+def hull(candidates: Sequence[Candidate]) -> Callable[[int], float]:
+    """The least error that mixtures of these candidates have at given bytes: what lies above is
+    the best choice at no price."""
+    corners: list[Candidate] = []
+    for c in sorted(candidates, key=lambda c: (c.bytes, c.error)):
+        if corners and c.error >= corners[-1].error:
+            continue
+        while len(corners) > 1 and _slope(corners[-2], c) <= _slope(corners[-2], corners[-1]):
+            corners.pop()
+        corners.append(c)
+
+    def error(size: int) -> float:
+        if size < corners[0].bytes:
+            return math.inf
+        for low, high in pairwise(corners):
+            if size <= high.bytes:
+                return low.error + _slope(low, high) * (size - low.bytes)
+        return corners[-1].error
+
+    return error
+
+
+def _slope(low: Candidate, high: Candidate) -> float:
+    return (high.error - low.error) / (high.bytes - low.bytes)
 
 
 def _at_price(table: Table, price: float) -> dict[str, Candidate]:

@@ -11,18 +11,16 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from deltaserve.artifact.checkpoint import HEAD
-from deltaserve.artifact.codecs import get_codec
 from deltaserve.artifact.codecs.base import FLOATS
 from deltaserve.artifact.codecs.rows import changed_rows
 from deltaserve.compress.activations import Activations
 from deltaserve.compress.allocate import Candidate
 from deltaserve.compress.calibrate import NORM, Pair
 from deltaserve.compress.change import same
-from deltaserve.compress.encode import blocks_of, encode
-from deltaserve.compress.gptq import Solver
 from deltaserve.compress.hessian import Hessian
 from deltaserve.compress.layers import LayerWalk
-from deltaserve.compress.plan import SKIP, TINY, CodecChoice
+from deltaserve.compress.plan import TINY, CodecChoice
+from deltaserve.compress.price import priced
 from deltaserve.compress.sensitivity import (
     Cost,
     LookupCost,
@@ -30,15 +28,19 @@ from deltaserve.compress.sensitivity import (
     at_the_head,
     through_layer,
 )
-from deltaserve.compress.weights import Table, reconstruct
+from deltaserve.compress.weights import Table
 
 
 def _int(bits: int, group_size: int = 0, **rest: Any) -> CodecChoice:
     return CodecChoice("int", {"bits": bits, "group_size": group_size, **rest})
 
 
+PER_TENSOR = CodecChoice("int", {"bits": 1, "scale_axis": "tensor"})
+# With so many columns a scale for each row is less than a fiftieth of its codes: one for all rows
+# saves nothing.
+WIDE = 800
 ONE_BIT = (
-    CodecChoice("int", {"bits": 1, "scale_axis": "tensor"}),
+    PER_TENSOR,
     CodecChoice("int", {"bits": 1, "scale_axis": "column"}),
     _int(1),
     CodecChoice("int", {"bits": 1, "scale_axis": "row", "planes": 2}),
@@ -60,8 +62,6 @@ VOCABULARY = (
 VOCABULARY_ROWS = tuple(
     CodecChoice("rows", {"bits": bits} if bits else {}) for bits in (0, 2, 4, 8)
 )
-# Few bits gain much from being fitted to the end, and must not be judged before it; many do not.
-FEW_BITS, SOON = 1, Solver(rounds=1)
 
 
 def measure_candidates(pair: Pair, seed: int) -> Generator[None, None, dict[str, list[Candidate]]]:
@@ -152,7 +152,7 @@ def _tried(pair: Pair, name: str, cost: Cost) -> list[Candidate]:
     def ranks(share: float, bits: int) -> int:
         return min(rows, columns, int(share * size / (bits * line)))
 
-    choices = list(LINEAR)
+    choices = [choice for choice in LINEAR if columns < WIDE or choice != PER_TENSOR]
     found = {(bits, ranks(share, bits)) for bits, sizes in LOW_RANK.items() for share in sizes}
     found |= {(0, rank) for rank in DENSE_RANKS if rank * line * 16 <= 2 * size}
     # The largest rank first: its singular vectors serve the others.
@@ -186,35 +186,7 @@ def _candidates(
     hessian: Hessian | None,
     costs: Sequence[Cost | LookupCost],
 ) -> list[Candidate]:
-    tensor, reference = pair.model.tensor(name), pair.base.tensor(name)
-    # A table of many tokens is tried in blocks of rows, of which one is in float32 at a time.
-    pieces = [blocks_of(choice, tuple(tensor.shape)) for choice in choices]
-    found: list[Candidate] = []
-    if tensor.shape == reference.shape:
-        lost = 0.0
-        for rows in max(pieces, key=len):
-            error = reference[rows].float() - tensor[rows].float()
-            lost += sum(cost.of(error, rows) for cost in costs)
-        found.append(Candidate(SKIP, 0, lost))
-    for choice, blocks in zip(choices, pieces, strict=True):
-        solver = SOON if choice.params.get("bits", 0) > FEW_BITS else Solver()
-        size, nats = 0, 0.0
-        for rows in blocks:
-            enc = encode(choice, tensor[rows], reference[rows], hessian, solver)
-            error = reconstruct(enc, reference[rows]).sub_(tensor[rows])
-            size += get_codec(enc.codec).resident_bytes(enc)
-            nats += sum(cost.of(error, rows) for cost in costs)
-        found.append(Candidate(choice, size, nats))
-    return _undominated(found)
-
-
-def _undominated(found: list[Candidate]) -> list[Candidate]:
-    """Without those that another one beats in both, smallest first."""
-    kept: list[Candidate] = []
-    for candidate in sorted(found, key=lambda c: (c.bytes, c.error)):
-        if not kept or candidate.error < kept[-1].error:
-            kept.append(candidate)
-    return kept
+    return priced(pair.model.tensor(name), pair.base.tensor(name), choices, hessian, costs)
 
 
 def _rows(table: dict[str, list[Candidate]]) -> dict[str, list[dict[str, Any]]]:

@@ -50,13 +50,17 @@ def encode(
     return encode_int(tensor, base, IntParams(**params), hessian, solver)
 
 
-def blocks_of(choice: CodecChoice, shape: tuple[int, ...]) -> list[slice]:
-    """Rows that may be stored apart from one another: tables of many tokens in several blocks,
-    where the codec has nothing in common for all rows; else all of them."""
-    apart = choice.codec == "rows" or (
+def stored_apart(choice: CodecChoice) -> bool:
+    """Whether each row of a matrix is stored for itself, with nothing in common for all rows."""
+    return choice.codec == "rows" or (
         choice.codec == "int" and IntParams(**choice.params).scale_axis in ("group", "row")
     )
-    if len(shape) != 2 or not apart:
+
+
+def blocks_of(choice: CodecChoice, shape: tuple[int, ...]) -> list[slice]:
+    """Rows that are encoded at a time: of tables of many tokens those of a block, where they are
+    stored apart; else all of them."""
+    if len(shape) != 2 or not stored_apart(choice):
         return [slice(None)]
     return [slice(start, start + BLOCK) for start in range(0, max(shape[0], 1), BLOCK)]
 

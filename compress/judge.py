@@ -81,15 +81,20 @@ def _heads(
     found: list[list[Read]] = [[] for _ in texts]
     waiting = [iter(sorted(samples, key=lambda s: len(s.tokens))) for samples in texts]
     for number, (text, ids_BT, lengths) in enumerate(walks[0].batches):
+        places_BT = torch.arange(ids_BT.shape[1]) < torch.tensor(lengths)[:, None] - 1
+        followed_N = places_BT[walks[0].real(number).cpu()]
+        targets_N = ids_BT[:, 1:][places_BT[:, :-1]]
         with torch.inference_mode():
-            states = [w.final(number, n) for w, n in zip(walks, norms, strict=True)]
+            mine_ND, theirs_ND = (
+                walk.final(number, norm)[followed_N.to(walk.device)]
+                for walk, norm in zip(walks, norms, strict=True)
+            )
+        tokens = compare_tokens(mine_ND, theirs_ND, heads[0], heads[1], targets_N, cap)
         start = 0
-        for row, length in enumerate(lengths):
-            mine_ND, theirs_ND = (state[start : start + length - 1] for state in states)
-            targets_N = ids_BT[row, 1:length]
-            tokens = compare_tokens(mine_ND, theirs_ND, heads[0], heads[1], targets_N, cap)
-            found[text].append(Read(next(waiting[text]), tokens))
-            start += length
+        for length in lengths:
+            some = tokens[start : start + length - 1]
+            found[text].append(Read(next(waiting[text]), some))
+            start += length - 1
     return found
 
 

@@ -65,15 +65,17 @@ def _groups(
     scales_NG = torch.empty(rows, groups, device=delta_NK.device)
 
     def by_group(x_NK: torch.Tensor) -> torch.Tensor:
-        return pad(x_NK, (0, groups * width - columns)).unflatten(1, (groups, width)).sum(2)
+        wide = -x_NK.shape[1] % width
+        return pad(x_NK, (0, wide)).unflatten(1, (-1, width)).sum(2)
 
     step = max(1, SYSTEMS // (groups * groups))
     for some in (slice(i, min(i + step, rows)) for i in range(0, rows, step)):
         c_NK = levels_NK[some]
         system_NGG = torch.empty(len(c_NK), groups, groups, device=c_NK.device)
-        for g in range(groups):
-            mine = slice(g * width, min((g + 1) * width, columns))
-            system_NGG[:, :, g] = by_group((c_NK[:, mine] @ h_KK[mine]) * c_NK)
+        for g in range(groups):  # symmetric: only what lies to the right of each group
+            mine, right = slice(g * width, min((g + 1) * width, columns)), g * width
+            found_NG = by_group((c_NK[:, mine] @ h_KK[mine, right:]) * c_NK[:, right:])
+            system_NGG[:, g, g:] = system_NGG[:, g:, g] = found_NG
         scales_NG[some] = _solve(system_NGG, by_group((delta_NK[some] @ h_KK) * c_NK))
     return scales_NG
 

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 
 from deltaserve.compress.activations import Activations
-from deltaserve.compress.hessian import Hessian
+from deltaserve.compress.hessian import Hessian, output_error
 from deltaserve.compress.layers import LayerWalk, Weights, projections
-from deltaserve.compress.weights import BLOCK, Table
+from deltaserve.compress.weights import Table
 
-# Elements of a chunk of logits.
-CHUNK = 1 << 22
+# Some of the rows of a matrix: a range of them, or their numbers.
+Rows = slice | torch.Tensor
 ALL = slice(None)
 
 
@@ -38,11 +38,23 @@ class Cost:
     unseen: Hessian
     slope_N: torch.Tensor
 
-    def of(self, error_NK: torch.Tensor, outputs: slice = ALL) -> float:
-        """Nats per token for an error of the weight, or of some of its outputs."""
+    def by_row(self, error_NK: torch.Tensor, outputs: Rows = ALL) -> torch.Tensor:
+        """Nats per token [N] for the errors of each output, or of some of them."""
         h_KK = self.unseen.mean_KK
         error_NK, slope_N = error_NK.to(h_KK.device), self.slope_N[outputs]
-        return 0.5 * float(((error_NK @ h_KK) * error_NK).sum(1).clamp(min=0) @ slope_N)
+        return 0.5 * output_error(error_NK, h_KK) * slope_N
+
+    def left_over(self, delta_NK: torch.Tensor) -> torch.Tensor:
+        """Of the cost of losing ``delta_NK``, the share [r + 1] that stays whatever matrix of rank
+        0, 1, ... r is kept of it."""
+        weighted_NK = delta_NK.to(self.slope_N.device) * self.slope_N.sqrt()[:, None]
+        pushed_NK = (weighted_NK / weighted_NK.abs().max().clamp(min=1e-30)) @ self.hessian.root()
+        if len(pushed_NK) > pushed_NK.shape[1]:
+            pushed_NK = pushed_NK.T
+        # Smallest first: what is summed up to there is left when the others are kept.
+        squares_R = torch.linalg.eigvalsh(pushed_NK @ pushed_NK.T).double().clamp(min=0)
+        left_R = torch.nn.functional.pad(squares_R.cumsum(0), (1, 0))
+        return (left_R / left_R[-1].clamp(min=1e-300)).flip(0)
 
 
 class _Halves:
@@ -77,14 +89,11 @@ def at_the_head(
     def batch(number: int) -> torch.Tensor:
         hidden_BTD = walk.hidden.read(len(walk), number).to(walk.device).requires_grad_()
         normed_ND = walk.normed(hidden_BTD, norm)[walk.real(number)]
-        generator = torch.Generator(walk.device).manual_seed(seed * 100_003 + number)
-        slope_ND = torch.empty_like(normed_ND)
-        step = max(1, CHUNK // len(head_VD))
+        generator = torch.Generator().manual_seed(seed * 100_003 + number)
         with torch.no_grad():
             halves.add(number, normed_ND)
-            for start in range(0, len(normed_ND), step):
-                some = slice(start, start + step)
-                slope_ND[some] = _drawn(normed_ND[some], head_VD, cap, generator, slope_V)
+            lots_N = torch.rand(len(normed_ND), generator=generator, dtype=torch.float64)
+            slope_ND = _drawn(normed_ND, head_VD, cap, lots_N.to(walk.device), slope_V)
         (found_BTD,) = torch.autograd.grad(normed_ND, hidden_BTD, slope_ND)
         return found_BTD
 
@@ -96,27 +105,46 @@ def _drawn(
     normed_ND: torch.Tensor,
     head_VD: Table,
     cap: float | None,
-    generator: torch.Generator,
+    lots_N: torch.Tensor,
     total_V: torch.Tensor,
 ) -> torch.Tensor:
-    """Gradient [N, D] of -log p of drawn tokens; adds the squares at the logits to the total."""
-    device, bend = normed_ND.device, None
-    logits_NV = torch.cat([normed_ND @ rows_BD.to(device).T for rows_BD in head_VD.blocks()], 1)
-    if cap:
-        logits_NV = (logits_NV / cap).tanh()
-        bend = 1 - logits_NV.square()
-        logits_NV = logits_NV * cap
-    p_NV = logits_NV.softmax(1)
-    drawn_N1 = torch.multinomial(p_NV, 1, generator=generator)
-    squares_NV = p_NV * (1 - p_NV)  # their expectation is known
-    total_V += (squares_NV if bend is None else squares_NV * bend.square()).sum(0)
-    p_NV.scatter_add_(1, drawn_N1, torch.full_like(drawn_N1, -1, dtype=p_NV.dtype))
-    if bend is not None:
-        p_NV *= bend
-    parts = zip(p_NV.split(BLOCK, 1), head_VD.blocks(), strict=True)
-    return sum(
-        (p_NB @ rows_BD.to(device) for p_NB, rows_BD in parts), torch.zeros(1, device=device)
-    )
+    """Gradient [N, D] of -log p of drawn tokens; adds the squares at the logits to the total.
+
+    lots_N: uniform in 0 to 1, at which the distribution function is inverted: a first pass over
+    the vocabulary finds its value behind each block, a second one the token within the block.
+    """
+    parts = [logits_NB.logsumexp(1) for _, _, logits_NB, _ in _logits(normed_ND, head_VD, cap)]
+    sums_NM = torch.stack(parts, 1)
+    total_N1 = sums_NM.logsumexp(1, keepdim=True)
+    behind_NM = (sums_NM - total_N1).double().exp().cumsum(1)
+    left_N = lots_N * behind_NM[:, -1]
+    block_N = (behind_NM <= left_N[:, None]).sum(1).clamp(max=len(parts) - 1)
+    left_N = left_N - torch.nn.functional.pad(behind_NM, (1, 0)).gather(1, block_N[:, None])[:, 0]
+    slope_ND = torch.zeros_like(normed_ND)
+    for number, (some, rows_BD, p_NB, bend_NB) in enumerate(_logits(normed_ND, head_VD, cap)):
+        p_NB.sub_(total_N1).exp_()
+        squares_NB = p_NB * (1 - p_NB)  # their expectation is known
+        total_V[some] += (squares_NB if bend_NB is None else squares_NB * bend_NB.square()).sum(0)
+        here_T = (block_N == number).nonzero()[:, 0]
+        place_T = (p_NB[here_T].double().cumsum(1) <= left_N[here_T, None]).sum(1)
+        p_NB[here_T, place_T.clamp(max=len(rows_BD) - 1)] -= 1
+        slope_ND.addmm_(p_NB if bend_NB is None else p_NB.mul_(bend_NB), rows_BD)
+    return slope_ND
+
+
+def _logits(
+    normed_ND: torch.Tensor, head_VD: Table, cap: float | None
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Block by block of the vocabulary: which, its rows of the head, the logits, and, if they
+    are capped, the derivative of that."""
+    for some, rows_BD in head_VD.blocks(len(normed_ND)):
+        rows_BD = rows_BD.to(normed_ND.device)
+        logits_NB = normed_ND @ rows_BD.T
+        if cap:
+            bent_NB = (logits_NB / cap).tanh()
+            yield some, rows_BD, bent_NB * cap, 1 - bent_NB.square()
+        else:
+            yield some, rows_BD, logits_NB, None
 
 
 def through_layer(
@@ -182,9 +210,9 @@ class LookupCost:
     share_V: torch.Tensor
     slope_D: torch.Tensor
 
-    def of(self, error_VD: torch.Tensor, tokens: slice = ALL) -> float:
-        """Nats per token for an error of the embedding, or of some of its rows."""
-        return 0.5 * float((error_VD.square() @ self.slope_D) @ self.share_V[tokens])
+    def by_row(self, error_VD: torch.Tensor, tokens: Rows = ALL) -> torch.Tensor:
+        """Nats per token [V] for the errors of each row of the embedding, or of some of them."""
+        return 0.5 * (error_VD.square() @ self.slope_D) * self.share_V[tokens]
 
 
 def at_the_embedding(walk: LayerWalk, grads: Activations, embedding_VD: Table) -> LookupCost:

@@ -5,6 +5,7 @@ Embedding and head, which can be larger than many layers, also by rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,8 @@ from deltaserve.kernels.delta_embedding import rows_of
 if TYPE_CHECKING:
     from deltaserve.compress.change import Change
 
-BLOCK = 1 << 14
-"""Rows of a table that are in float32 at a time."""
+CHUNK = 1 << 20
+"""Values of a table, and logits against it, that are in float32 at a time."""
 
 
 def reconstruct(enc: Encoded, base: torch.Tensor | None) -> torch.Tensor:
@@ -55,13 +56,21 @@ class Table:
             return self._base_VD[ids_T].float()
         return rows_of(ids_T, self._base_VD, self._enc)
 
-    def blocks(self) -> Iterator[torch.Tensor]:
-        """All rows in their order, ``BLOCK`` of them at a time."""
-        if len(self) <= BLOCK:
-            yield self._whole
-            return
-        for start in range(0, len(self), BLOCK):
-            yield self.rows(torch.arange(start, min(start + BLOCK, len(self))))
+    def blocks(self, tokens: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """All rows in their order, so many at a time that their values, and ``tokens`` logits
+        of each, are at most ``CHUNK``: which rows, and they in float32."""
+        step = max(1, CHUNK // max(tokens, self.shape[1]))
+        for start in range(0, len(self), step):
+            some = slice(start, min(start + step, len(self)))
+            yield some, self._block(some)
+
+    def _block(self, some: slice) -> torch.Tensor:
+        if self._enc is None:
+            assert self._base_VD is not None
+            return self._base_VD[some].float()  # a view where it is float32 already
+        if math.prod(self.shape) <= CHUNK:
+            return self._whole[some]
+        return self.rows(torch.arange(some.start, some.stop))
 
     @cached_property
     def _whole(self) -> torch.Tensor:

@@ -45,12 +45,18 @@ def _base_rows(ids_T: torch.Tensor, base_VD: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(ids_T: torch.Tensor, base_TD: torch.Tensor, enc: Encoded) -> torch.Tensor:
-    index, values, additive = cast(RowsCodec, CODECS["rows"]).rows(enc)
+    index = enc.tensors["index"].long()
     if len(index) == 0:
         return base_TD
     place_T = torch.searchsorted(index, ids_T).clamp(max=len(index) - 1)
     stored_T1 = (index[place_T] == ids_T)[:, None]
-    rows_TD = values[place_T]
+    # Only what is asked for is decoded: many more rows may be listed.
+    parts = {
+        name: part[place_T] if name in ("index", "values") else part[:, place_T]
+        for name, part in enc.tensors.items()
+    }
+    cut = replace(enc, params=enc.params | {"rows": len(ids_T)}, tensors=parts)
+    _, rows_TD, additive = cast(RowsCodec, CODECS["rows"]).rows(cut)
     if additive:
         rows_TD = base_TD.float() + rows_TD
     return torch.where(stored_T1, rows_TD.to(base_TD.dtype), base_TD)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -19,6 +20,8 @@ from deltaserve.pipeline.service.cluster import NAMESPACE, Service, connect, dis
 from deltaserve.pipeline.service.link import within
 from deltaserve.pipeline.service.stream import JobOptions, ServiceStream
 from tests.pipeline.service.fake import direct, flat, numbers
+
+ROOT = Path(__file__).parents[3]
 
 ray = pytest.importorskip("ray")
 

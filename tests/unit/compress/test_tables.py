@@ -44,16 +44,20 @@ def test_rows_are_those_of_the_whole(
     assert (len(table), table.shape) == (40 + added, (40 + added, 32))
     ids = torch.tensor([7, 0, 39 + added, 7])
     torch.testing.assert_close(table.rows(ids), expected[ids], rtol=0, atol=1e-6)
-    monkeypatch.setattr(weights, "BLOCK", 7)
-    blocks = list(table.blocks())
-    assert [len(block) for block in blocks[:-1]] == [7] * ((39 + added) // 7)
-    torch.testing.assert_close(torch.cat(blocks), expected, rtol=0, atol=1e-6)
+    for chunk, step in ((7 * 32, 7), (5 * 64, 5)):  # too large to be kept whole, and as logits
+        monkeypatch.setattr(weights, "CHUNK", chunk)
+        places, blocks = zip(*source.table("any").blocks(chunk // step), strict=True)
+        assert [len(block) for block in blocks[:-1]] == [step] * ((39 + added) // step)
+        assert [(p.start, p.stop - p.start) for p in places] == [
+            (number * step, len(block)) for number, block in enumerate(blocks)
+        ]
+        torch.testing.assert_close(torch.cat(blocks), expected, rtol=0, atol=1e-6)
 
 
 def test_unchanged_rows_are_the_bases() -> None:
     base = torch.randn(9, 4).bfloat16()
     table = Table(None, base)
-    assert torch.equal(torch.cat(list(table.blocks())), base.float())
+    assert torch.equal(torch.cat([rows for _, rows in table.blocks(1)]), base.float())
     assert torch.equal(table.rows(torch.tensor([8, 2])), base[[8, 2]].float())
 
 
