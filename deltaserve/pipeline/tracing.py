@@ -5,7 +5,7 @@ takes 1 to 3 us, more than some operators need: of all outermost calls of a thre
 few are timed, as many as keep the clocks under ``SHARE`` of the time; all are counted, and
 `figures` scales. How many that is follows from the time between all calls, timed or not: a
 thread's calls may take 50 us and 500 ms by turns, and who goes by the quick ones skips the slow
-ones. Totals live in memory until they are asked for, so no last part is lost.
+ones. The first call of each operator is always timed. Totals live in memory until they are asked for, so no last part is lost.
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ class Probe:
         thread = self._recorder.thread()
         thread.depth += 1
         if thread.depth == 1:
-            thread.timing = thread.skip <= 0
+            known = thread.totals.get(self.name)
+            thread.timing = thread.skip <= 0 or known is None or not known[CALLS]
             thread.calls += 1
             thread.skip -= 1
             # A timed call stands for those skipped before it: the first, often slow, for itself.

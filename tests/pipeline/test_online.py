@@ -17,8 +17,8 @@ def test_drift_is_followed_up_and_down(tmp_path: Path) -> None:
     try:
         drifting.train(0.02, 4)
         settled = drifting.threads()
-        drifting.waits.seconds *= 2
-        stalls = drifting.train(0.02, 6)
+        drifting.waits.seconds *= 3
+        stalls = drifting.train(0.02, 10)
         raised = drifting.threads()
         assert raised > settled
         assert np.median(stalls[-3:]) < max(0.1, 0.4 * stalls[0])
