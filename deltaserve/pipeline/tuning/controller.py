@@ -3,10 +3,13 @@
 Once a period it is shown what happened (`Window`). While the trainer waits, only the slowest
 stage gets threads, as many as the demand needs, at most twice what it has; when that brought
 nothing (cores or the lock are the limit) they are taken back and the stage is left alone until
-the demand or the costs change. A period says what a rise brought if it began when the first rows
-of its threads were there: rows come in lists, and one may take longer than a period. When nobody waits and a stage could do with fewer threads for
-several periods in a row, it gives some back. No clock and no threads in here: the caller has
-them, so tests run it on virtual time.
+the demand or the costs change. When nobody waits and a stage could do with fewer threads for
+several periods in a row, it gives some back. No clock and no threads in here: the caller has them,
+so tests run it on virtual time.
+
+What a rise brought is not seen at once. The rate before it may have lived on rows that were
+ready, so it counts as no more than the stage's threads can make; and rows come in lists, of which
+those under way end first, and one may take longer than a period.
 """
 
 from __future__ import annotations
@@ -119,7 +122,9 @@ class Controller:
             return {}  # a stage that cannot be raised is the limit
         wanted = max(stage.threads + 1, self._needed(stage, window.gap_s))
         wanted = min(wanted, 2 * stage.threads, self.max_threads)
-        self._raised, self._due_s = (name, stage.threads, window.rate), stage.lot_s
+        made = stage.threads / stage.held_s if stage.held_s > 0 else window.rate
+        self._raised = name, stage.threads, min(window.rate, made)
+        self._due_s = 2 * stage.lot_s
         return {name: wanted}
 
     def _release(self, window: Window) -> dict[str, int]:

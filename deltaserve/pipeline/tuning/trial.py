@@ -41,11 +41,11 @@ def side_by_side(settings: Sequence[Settings], rate_of: Callable[[Settings], flo
         turns += 1
         best = max(rates[each][-1] for each in running)
         running = [each for each in running if not each or rates[each][-1] >= BEHIND * best]
-    shares = [[a / b for a, b in zip(found, rates[0], strict=False)] for found in rates]
-    return [
-        Tried(each, *map(statistics.median, (rates[n], shares[n])), n in running)
-        for n, each in enumerate(settings)
-    ]
+    found = []
+    for each, measured in enumerate(rates):
+        share = statistics.median(a / b for a, b in zip(measured, rates[0], strict=False))
+        found.append(Tried(settings[each], statistics.median(measured), share, each in running))
+    return found
 
 
 def fastest(tried: Sequence[Tried]) -> Tried:
