@@ -91,7 +91,12 @@ def run(
 def profile(
     plan: PlanFile,
     seconds: Annotated[
-        float, typer.Option(min=0.1, help="How long to run; with --tune, of each of three traces.")
+        float,
+        typer.Option(
+            min=0.1,
+            help="How long to run; with --tune, of each of three traces. Turns of half of it "
+            "follow.",
+        ),
     ] = 5.0,
     threads: Annotated[int, typer.Option(help="Threads that work on rows.")] = 1,
     processes: Annotated[int, typer.Option(help="Processes that do, instead.")] = 0,

@@ -5,7 +5,8 @@ takes 1 to 3 us, more than some operators need: of all outermost calls of a thre
 few are timed, as many as keep the clocks under ``SHARE`` of the time; all are counted, and
 `figures` scales. How many that is follows from the time between all calls, timed or not: a
 thread's calls may take 50 us and 500 ms by turns, and who goes by the quick ones skips the slow
-ones. Totals live in memory until they are asked for, so no last part is lost.
+ones. The first call of each operator is always timed. Totals live in memory until they are asked
+for, so no last part is lost.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class _Thread:
         self.calls = 0
         self.skip = 0
         self.weight = 0
-        self.mean_ns = 0.0
+        self.plans, self.mean_ns = 0, 0.0
         self.cost_ns, self.child_ns = 0.0, 0.0
         self.planned = time.perf_counter_ns()
 
@@ -206,7 +207,8 @@ class Probe:
         thread = self._recorder.thread()
         thread.depth += 1
         if thread.depth == 1:
-            thread.timing = thread.skip <= 0
+            known = thread.totals.get(self.name)
+            thread.timing = thread.skip <= 0 or known is None or not known[CALLS]
             thread.calls += 1
             thread.skip -= 1
             # A timed call stands for those skipped before it: the first, often slow, for itself.
@@ -264,7 +266,8 @@ class Probe:
         now = time.perf_counter_ns()
         took = (now - thread.planned) / thread.weight
         thread.planned, thread.weight = now, 0
-        thread.mean_ns = took if thread.mean_ns == 0 else 0.9 * thread.mean_ns + 0.1 * took
+        thread.plans += 1
+        thread.mean_ns += max(0.1, 1 / thread.plans) * (took - thread.mean_ns)
         cost = READS * thread.cost_ns * len(thread.totals)
         skipped = cost / (self._recorder.share * max(1.0, thread.mean_ns))
         wanted = int(thread.random.expovariate(1.0) * skipped)

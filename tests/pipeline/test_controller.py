@@ -107,3 +107,31 @@ def test_no_swinging_at_the_edge(gap):
 
 def test_a_period_without_an_element_changes_nothing():
     assert Controller(8).step(Window(0, 1.0, 1.0, 0.1, {"a": StageWindow(1.0, 1)})) == {}
+
+
+def test_a_rise_is_judged_when_its_threads_have_given_something():
+    """Two lists take 2.5 periods, so the period after the rise has the rate of before."""
+    controller = Controller(8)
+
+    def look(elements: int, threads: int) -> dict[str, int]:
+        stages = {"read": StageWindow(0.4, threads, lot_s=1.25)}
+        return controller.step(Window(elements, 1.0, 0.5, 0.1, stages))
+
+    assert look(5, 2) == {"read": 4}
+    assert [look(5, 4) for _ in range(3)] == [{}, {}, {}]
+    assert look(9, 4) == {"read": 5}  # it brought something, and there is more to be had
+
+
+def test_a_rise_that_brings_nothing_is_taken_back_after_its_first_lists():
+    controller = Controller(8)
+    seen = Window(5, 1.0, 0.5, 0.1, {"read": StageWindow(0.4, 2, lot_s=0.75)})
+    assert [controller.step(seen) for _ in range(4)] == [{"read": 4}, {}, {}, {"read": 2}]
+
+
+def test_what_was_ready_is_not_held_against_a_rise():
+    """The trainer begins to wait when what was ready runs out; two threads make five a second."""
+    controller = Controller(8)
+    stages = {"read": StageWindow(0.4, 2)}
+    assert controller.step(Window(9, 1.0, 0.1, 0.1, stages)) == {"read": 4}
+    stages = {"read": StageWindow(0.4, 4)}
+    assert controller.step(Window(8, 1.0, 0.2, 0.1, stages)) == {"read": 5}

@@ -13,16 +13,16 @@ from deltaserve.pipeline.tuning.online import window
 
 @pytest.mark.slow  # real time: wants cores of its own
 def test_drift_is_followed_up_and_down(tmp_path: Path) -> None:
-    drifting = Drifting(tmp_path, tolerated=0.03)
+    drifting = Drifting(tmp_path, row_s=0.002, tolerated=0.05)
     try:
-        drifting.train(0.02, 4)
+        drifting.train(0.01, 4)
         settled = drifting.threads()
-        drifting.waits.seconds *= 2
-        stalls = drifting.train(0.02, 6)
+        drifting.waits.seconds *= 3
+        stalls = drifting.train(0.01, 8)
         raised = drifting.threads()
         assert raised > settled
         assert np.median(stalls[-3:]) < max(0.1, 0.4 * stalls[0])
-        drifting.train(0.06, 8)
+        drifting.train(0.03, 8)
         assert drifting.threads() < raised
     finally:
         drifting.pipeline.close()

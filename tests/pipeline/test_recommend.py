@@ -11,6 +11,7 @@ from deltaserve.pipeline import consumption
 from deltaserve.pipeline.tuning.cacheplace import Nature
 from deltaserve.pipeline.tuning.picture import draw, write
 from deltaserve.pipeline.tuning.program import Resources
+from deltaserve.pipeline.tuning.rates import Lone
 from deltaserve.pipeline.tuning.recommend import advise
 from deltaserve.pipeline.tuning.settings import Settings
 from deltaserve.pipeline.tuning.tune import run_traced, tune
@@ -90,6 +91,24 @@ class Runs:
         return chain({"name": "read", "cpu": 1}, elements=elements, wall_ms=wall, cores=4)
 
 
+class Two(Runs):
+    """A stage that waits, and one beside it that does not."""
+
+    def __init__(self, clock, rate):
+        super().__init__(clock, rate=rate)
+
+    def trace(self):
+        slow, quick = {"name": "read", "cpu": 1, "wait": 99}, {"name": "tokenise", "cpu": 1}
+        return chain(slow, quick, elements=self.rate, wall_ms=1000.0, cores=2)
+
+
+class Loading(Runs):
+    def trace(self):
+        given = self.consumed.elements
+        operator = {"name": "read", "cpu": (1000 + given) / max(1, given)}
+        return chain(operator, elements=given, wall_ms=self.consumed.wall_ns / 1e6)
+
+
 def tuned(clock, rate):
     """From sixteen threads; rate: of so many threads. Four are advised."""
     return tune(
@@ -131,6 +150,44 @@ def test_as_many_threads_as_cores_are_tried_too(clock):
     )
     assert found.settings.threads == {"read": 4}
     assert found.rate == 300
+
+
+@pytest.mark.parametrize(("faster", "processes"), [(1.1, 2), (1.0, 0)])
+def test_processes_are_tried_where_the_program_cannot_tell(clock, faster, processes):
+    """Both have the same bound; the trial says which is faster."""
+    found = tune(
+        lambda settings: Runs(clock, rate=200 * (faster if settings.processes else 1)),
+        Settings({"read": 1}),
+        ["read"],
+        Resources(cores=2, max_processes=2),
+        seconds=0.1,
+        lone={"read": Lone(gil=0.0, waited_s=0.0)},
+    )
+    assert found.advice.allocation.processes == 0
+    assert found.settings.processes == processes
+    assert [each.settings.processes for each in found.tried] == [0, 2]
+
+
+def test_processes_are_not_tried_where_they_must_be_slower(clock):
+    """Two processes have one thread each for what waits."""
+    trace = chain({"name": "read", "cpu": 1, "wait": 9}, cores=2)
+    lone = {"read": Lone(gil=0.0)}
+    assert advise(trace, Resources(cores=2, max_processes=2), lone=lone).other is None
+
+
+def test_stages_beside_one_that_waits_are_tried_with_as_many_threads(clock):
+    def open_with(settings):
+        return Two(clock, 130 if settings.workers("tokenise") == 8 else 100)
+
+    found = tune(open_with, Settings(), ["read", "tokenise"], Resources(2, max_threads=8))
+    assert found.advice.allocation.threads == {"read": 8, "tokenise": 2}
+    assert found.settings.threads == {"read": 8, "tokenise": 8}
+
+
+def test_costs_are_those_of_the_steady_state(clock):
+    """The first element loads a tokenizer for a second."""
+    trace = run_traced(Loading(clock), seconds=0.5)
+    assert trace.operators["read"].cpu_ns / trace.operators["read"].made == pytest.approx(1e6)
 
 
 def test_what_was_made_before_anybody_asked_is_no_rate(clock):

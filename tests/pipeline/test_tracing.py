@@ -59,6 +59,20 @@ def test_few_of_many_short_calls_are_timed_and_scaled_to_all():
     assert source.cpu_ns / 3000 == pytest.approx(20_000, rel=0.4)
 
 
+def test_slow_calls_between_quick_ones_are_timed():
+    """A worker's first call is quick (it reads), and in a short trace there are few slow ones."""
+    recorder = Recorder()
+    quick, slow = recorder.operator("quick"), recorder.operator("slow")
+    for _ in range(8):
+        quick.begin()
+        quick.end()
+        slow.begin()
+        time.sleep(0.02)
+        slow.end()
+    assert found(recorder, "slow").timed >= 6
+    assert found(recorder, "slow").waited_ns / 8 == pytest.approx(20e6, rel=0.2)
+
+
 def test_all_threads_count_to_the_last_call():
     recorder = Recorder()
     work = {"inner_ns": 1000, "outer_ns": 1000}

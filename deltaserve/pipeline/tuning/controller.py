@@ -4,8 +4,12 @@ Once a period it is shown what happened (`Window`). While the trainer waits, onl
 stage gets threads, as many as the demand needs, at most twice what it has; when that brought
 nothing (cores or the lock are the limit) they are taken back and the stage is left alone until
 the demand or the costs change. When nobody waits and a stage could do with fewer threads for
-several periods in a row, it gives some back. No clock and no threads in here: the caller has
-them, so tests run it on virtual time.
+several periods in a row, it gives some back. No clock and no threads in here: the caller has them,
+so tests run it on virtual time.
+
+What a rise brought is not seen at once. The rate before it may have lived on rows that were
+ready, so it counts as no more than the stage's threads can make; and rows come in lists, of which
+those under way end first, and one may take longer than a period.
 """
 
 from __future__ import annotations
@@ -20,11 +24,13 @@ HEDGE = 2
 
 @dataclass(frozen=True)
 class StageWindow:
-    """held_s: thread time per element of the root; threads: now; serial: cannot have more."""
+    """held_s: thread time per element of the root; threads: now; serial: cannot have more.
+    lot_s: how long a thread works until it hands something on."""
 
     held_s: float
     threads: int
     serial: bool = False
+    lot_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Controller:
     changed: float = 0.2
     _idle: dict[str, int] = field(default_factory=dict)
     _raised: tuple[str, int, float] | None = None
+    _due_s: float = 0.0
     _given_up: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def step(self, window: Window) -> dict[str, int]:
@@ -74,6 +81,9 @@ class Controller:
         self._forget(window)
         if window.stall > self.tolerated:
             self._idle.clear()
+            if self._raised is not None and self._due_s > 0:
+                self._due_s -= window.wall_s
+                return {}
             return self._take_back(window) or self._raise(window)
         self._raised = None
         return self._release(window)
@@ -112,7 +122,9 @@ class Controller:
             return {}  # a stage that cannot be raised is the limit
         wanted = max(stage.threads + 1, self._needed(stage, window.gap_s))
         wanted = min(wanted, 2 * stage.threads, self.max_threads)
-        self._raised = (name, stage.threads, window.rate)
+        made = stage.threads / stage.held_s if stage.held_s > 0 else window.rate
+        self._raised = name, stage.threads, min(window.rate, made)
+        self._due_s = 2 * stage.lot_s
         return {name: wanted}
 
     def _release(self, window: Window) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from deltaserve.pipeline.trace import Trace, difference
 from deltaserve.pipeline.tuning.controller import Controller, StageWindow, Window
-from deltaserve.pipeline.tuning.rates import demands
+from deltaserve.pipeline.tuning.rates import Demand, demands
 
 
 class Adjustable(Protocol):
@@ -25,14 +25,22 @@ def window(before: Trace, after: Trace) -> Window | None:
         return None
     if any(each.handed and not each.made for each in moved.operators.values()):
         return None
-    stages: dict[str, StageWindow] = {}
+    parts: dict[str, list[Demand]] = {}
     for each in demands(moved).values():
-        known = stages.get(each.stage)
-        held = each.held_s + (known.held_s if known else 0.0)
-        serial = each.serial or bool(known and known.serial)
-        stages[each.stage] = StageWindow(held, moved.operators[each.name].parallelism, serial)
+        parts.setdefault(each.stage, []).append(each)
+    stages = {
+        name: _stage(each, moved.operators[each[0].name].parallelism)
+        for name, each in parts.items()
+    }
     gap = moved.consumer_ns / moved.elements / 1e9
     return Window(moved.elements, moved.wall_ns / 1e9, moved.stalled_ns / 1e9, gap, stages)
+
+
+def _stage(operators: list[Demand], threads: int) -> StageWindow:
+    held_s = sum(each.held_s for each in operators)
+    # Behind a filter lists are shorter, so that this is the most that it may take.
+    lot_s = sum(each.held_s * each.lot / each.visits for each in operators if each.visits)
+    return StageWindow(held_s, threads, any(each.serial for each in operators), lot_s)
 
 
 class Autotuner:

@@ -41,12 +41,11 @@ def side_by_side(settings: Sequence[Settings], rate_of: Callable[[Settings], flo
         turns += 1
         best = max(rates[each][-1] for each in running)
         running = [each for each in running if not each or rates[each][-1] >= BEHIND * best]
-    tried = []
-    for number, setting in enumerate(settings):
-        shares = [a / b for a, b in zip(rates[number], rates[0], strict=False)]
-        rate, share = statistics.median(rates[number]), statistics.median(shares)
-        tried.append(Tried(setting, rate, share, number in running))
-    return tried
+    found = []
+    for each, measured in enumerate(rates):
+        share = statistics.median(a / b for a, b in zip(measured, rates[0], strict=False))
+        found.append(Tried(settings[each], statistics.median(measured), share, each in running))
+    return found
 
 
 def fastest(tried: Sequence[Tried]) -> Tried:
