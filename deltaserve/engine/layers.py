@@ -37,8 +37,8 @@ class DeltaLinear(DeltaLayer):
     name: its path in the model, for messages. base_NK: the base's weight, which on a CPU may be
     packed (``pack``): then ``inner.weight`` has its shape only. grouped: the weights that a kernel
     applies for all deltas at once (``laid_out``), and shifts the biases less the base's; the others
-    are in ``weights`` and ``biases``. unpackable: those of ``weights`` that segments of many rows
-    have added to the base's. merged: whole weights, for segments of several rows. replaced: slots
+    are in ``weights`` and ``biases``. unpackable: those of ``weights`` that segments of
+    ``dense_rows`` have added to the base's. merged: whole weights, for segments of several rows. replaced: slots
     whose own weights replace all of the base's outputs.
     """
 
@@ -55,6 +55,7 @@ class DeltaLinear(DeltaLayer):
             self.shifts = SlotTable(torch.zeros_like(inner.bias))
         self.weights: dict[int, Pieces] = {}
         self.unpackable: dict[int, Pieces] = {}
+        self.dense_rows = int4.dense_rows(inner.weight.dtype)
         self.merged: dict[int, torch.Tensor] = {}
         self.biases: dict[int, torch.Tensor] = {}
         self.num_outputs: dict[int, int] = {}
@@ -233,10 +234,10 @@ class DeltaLinear(DeltaLayer):
 
     def _many_rows(self) -> bool:
         """A delta may have so many that its packed weights are worth unpacking."""
-        return bool(self.unpackable) and self.step.routing.longest >= int4.DENSE_ROWS
+        return bool(self.unpackable) and self.step.routing.longest >= self.dense_rows
 
     def _runs_unpacked(self, segment: Segment) -> bool:
-        return segment.end - segment.start >= int4.DENSE_ROWS and segment.slot in self.unpackable
+        return segment.end - segment.start >= self.dense_rows and segment.slot in self.unpackable
 
     def unpacked(self, pieces: Pieces) -> torch.Tensor:
         """base + pieces [N, K], dense: for one matmul."""

@@ -17,7 +17,7 @@ from deltaserve.engine.pieces import Piece, Pieces
 from deltaserve.kernels import dense
 from deltaserve.kernels.delta_matmul import LaidOut, delta_matmul, int4
 
-ROWS = (MERGED_ROWS, 4 * MERGED_ROWS, int4.DENSE_ROWS, 4 * int4.DENSE_ROWS)
+ROWS = (MERGED_ROWS, 4 * MERGED_ROWS, 8 * MERGED_ROWS, 32 * MERGED_ROWS)
 REPEATS = 3
 
 
@@ -81,7 +81,7 @@ def _measure(layer: DeltaLinear, packed: list[Piece]) -> tuple[float, ...]:
     for rows in ROWS:
         x_TK = torch.zeros(rows, inputs, dtype=layer.inner.weight.dtype)
         y_TN = x_TK.new_zeros(rows, outputs)
-        if unpackable and rows >= int4.DENSE_ROWS:
+        if unpackable and rows >= layer.dense_rows:
             seconds = _best(partial(_unpacked, layer, unpackable, x_TK))
             seconds -= _best(partial(layer.base, x_TK))
             left = [piece for piece in packed if piece not in unpackable]

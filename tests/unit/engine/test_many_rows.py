@@ -14,8 +14,9 @@ from deltaserve.engine.routing import Routing, StepContext, segments
 from deltaserve.kernels.delta_matmul import int4
 
 OUTPUTS, INPUTS = 192, 128
-SLOTS = [0] * 5 + [1] * int4.DENSE_ROWS + [2] * (int4.DENSE_ROWS - 1) + [3] * 100
 DTYPE = torch.float32
+MANY = int4.dense_rows(DTYPE)
+SLOTS = [0] * 5 + [1] * MANY + [2] * (MANY - 1) + [3] * (MANY + 30)
 
 
 @pytest.fixture
