@@ -38,8 +38,8 @@ class DeltaLinear(DeltaLayer):
     packed (``pack``): then ``inner.weight`` has its shape only. grouped: the weights that a kernel
     applies for all deltas at once (``laid_out``), and shifts the biases less the base's; the others
     are in ``weights`` and ``biases``. unpackable: those of ``weights`` that segments of
-    ``dense_rows`` have added to the base's. merged: whole weights, for segments of several rows. replaced: slots
-    whose own weights replace all of the base's outputs.
+    ``dense_rows`` have added to the base's. merged: whole weights, for segments of several rows.
+    replaced: slots whose own weights replace all of the base's outputs.
     """
 
     def __init__(self, inner: nn.Linear, step: StepContext, name: str) -> None:
